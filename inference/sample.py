@@ -1,0 +1,33 @@
+"""The reference system's sampling command, a thin door to latdiff3d.
+
+    python inference/sample.py -r runs/diffusion --batch_size 1 --mask case_seg.nii.gz --out samples
+"""
+
+import argparse
+from pathlib import Path
+
+from latdiff3d.cli import door, run_sampling
+from latdiff3d.errors import InputError
+
+
+def main() -> None:
+    """Sample as the command line says."""
+    parser = argparse.ArgumentParser(description="Make synthetic volumes with a trained model.")
+    parser.add_argument("-r", "--resume", required=True, help="checkpoint of stage 2, or its run's folder")
+    parser.add_argument("--batch_size", type=int, default=1, help="1: a volume never depends on its neighbours")
+    parser.add_argument("--mask", type=Path, help="a NIfTI mask, or a folder of them")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the volumes")
+    parser.add_argument("--n_samples", type=int, default=1, help="volumes for each mask")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of the sampler (default: the configuration's)")
+    parser.add_argument("--gpus", help="number of one GPU, such as 0, (default: the first, or the CPU)")
+    given = parser.parse_args()
+    if given.batch_size != 1:
+        raise InputError(f"--batch_size is {given.batch_size}; volumes are made one by one: leave it out or give 1.")
+    run_sampling(
+        given.resume, given.out, given.mask, None, "val", given.n_samples, given.seed, given.steps, "mask", given.gpus
+    )
+
+
+if __name__ == "__main__":
+    door(main)

@@ -1,0 +1,171 @@
+"""What the user types: builds a list of configuration files and settings, nothing more."""
+
+import sys
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from latdiff3d.errors import InputExit, root_input_error
+
+app = typer.Typer(
+    help="Latent diffusion on 3D medical volumes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Stage(str, Enum):
+    """What `latdiff3d train` trains."""
+
+    autoencoder = "autoencoder"
+    diffusion = "diffusion"
+
+
+@app.command()
+def train(
+    stage: Stage,
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as max_epochs=20")] = None,
+    data: Annotated[str | None, typer.Option(help="the data set's folder")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="overlay YAML; may be repeated, later ones win")] = None,
+    name: Annotated[str | None, typer.Option(help="of the run's folder")] = None,
+    logdir: Annotated[str | None, typer.Option("--logdir", "-l", help="holds the runs' folders")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", "-r", help="a run or a checkpoint to go on from")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", "-s")] = None,
+    gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+) -> None:
+    """Train a stage. The same command goes on where it stopped."""
+    named = {"dataset_dir": data, "name": name, "logdir": logdir, "seed": seed, "gpus": gpus}
+    run_training(config or [], settings or [], named, stage.value, resume)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of stage 2, or its run's folder")],
+    out: Annotated[Path, typer.Option(help="folder for the volumes")] = Path("samples"),
+    mask: Annotated[Path | None, typer.Option(help="a NIfTI mask, or a folder of them")] = None,
+    data: Annotated[Path | None, typer.Option(help="a data set, for the masks of its --split")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test")] = "val",
+    num_samples: Annotated[int, typer.Option("-n", min=1, help="volumes for each mask")] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
+    grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
+    gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+) -> None:
+    """Make synthetic volumes that lie on masks."""
+    run_sampling(model, out, mask, data, split, num_samples, seed, steps, grid, gpus)
+
+
+@app.command()
+def doctor(
+    folder: Path,
+    layout: Annotated[str, typer.Option(help="auto, brats, decathlon, json or folders")] = "auto",
+    modalities: Annotated[str, typer.Option(help="of the BraTS layout, in order")] = "flair,t1,t1ce,t2",
+    labels: Annotated[str | None, typer.Option(help="that masks may hold, such as 0,1,2,4; default: any")] = None,
+) -> None:
+    """Read a data set and print all that is wrong with it."""
+    from latdiff3d import checks
+
+    known = None if labels is None else [int(label) for label in labels.split(",")]
+    rows, problems = checks.doctor(folder, layout, modalities.split(","), known)
+    checks.print_report(rows, problems)
+    if problems:
+        raise SystemExit(2)
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="a data set of your own; default: phantoms")] = None,
+    out: Annotated[Path, typer.Option(help="folder for all that is made")] = Path("demo"),
+    config: Annotated[list[Path] | None, typer.Option(help="overlay YAML for both stages")] = None,
+) -> None:
+    """Train both stages, synthesise a volume for each held-out mask, and show the result."""
+    from latdiff3d.demo import run_demo
+
+    run_demo(data, out, config or [])
+
+
+def run_training(
+    overlays: Sequence[str | Path],
+    settings: Sequence[str],
+    named: dict[str, Any],
+    stage: str | None = None,
+    resume: str | None = None,
+) -> None:
+    """Train as the overlays, `key=value` settings and named settings (None: not given) say.
+
+    Args:
+        resume: a run's folder or a checkpoint in it; its configuration comes first.
+
+    Raises:
+        InputError, InputExit: for a user's mistake.
+    """
+    from latdiff3d import config, runs
+
+    given = {key: value for key, value in named.items() if value is not None}
+    if resume:
+        run_dir = runs.folder_of(resume)
+        overlays = [run_dir / runs.CONFIG_FILE, *overlays]
+        given = {"run_dir": str(run_dir), **given, "resume": resume}
+    workflow = config.training_workflow(overlays, {**given, **config.parse_settings(settings)}, stage)
+    workflow.run()
+    workflow.finalize()
+
+
+def run_sampling(
+    model: str,
+    out: Path,
+    mask: Path | None,
+    data: Path | None,
+    split: str,
+    num_samples: int,
+    seed: int,
+    steps: int | None,
+    grid: str,
+    gpus: str | None,
+) -> None:
+    """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
+
+    Raises:
+        InputError: for a user's mistake.
+    """
+    from latdiff3d import synthesis
+    from latdiff3d.errors import InputError
+
+    if grid not in ("mask", "crop"):
+        raise InputError(f"grid is {grid!r}; expected mask or crop.")
+    if mask is not None and data is not None:
+        raise InputError("--mask and --data are both given; expected one of them.")
+    loaded = synthesis.Model.load(model, steps, gpus)
+    if data is not None:
+        masks = synthesis.masks_of_split(loaded, data, split)
+    else:
+        masks = synthesis.masks_at(mask) if mask is not None else []
+    if loaded.is_conditional and not masks:
+        raise InputError(f"{loaded.path} is conditioned on masks; give --mask FILE_OR_FOLDER, or --data FOLDER.")
+    written = synthesis.sample_to_folder(loaded, masks, out, num_samples, seed, grid)
+    print(f"{len(written)} synthetic volumes are in {out}, such as {written[0]}")
+
+
+def door(program: Callable[[], Any]) -> None:
+    """Run a program; a user's mistake becomes one line on standard error and exit code 2."""
+    try:
+        program()
+    except InputExit as mistake:
+        _refuse(str(mistake))
+    except Exception as error:
+        known = root_input_error(error)
+        if known is None:
+            raise
+        _refuse(str(known))
+
+
+def _refuse(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def main() -> None:
+    """Be the command `latdiff3d`."""
+    door(app)

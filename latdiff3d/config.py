@@ -1,0 +1,196 @@
+"""A bundle's configuration, overlays and command-line settings become one workflow; unknown keys are refused.
+
+MONAI adds a misspelt key silently, and lets a dict without its `_target_` replace one with it. Both are refused here.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from latdiff3d.errors import InputError
+
+DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "brats_mask_ldm"
+COMMON = "common.yaml"
+STAGE_FILES = {"autoencoder": "train_autoencoder.yaml", "diffusion": "train_diffusion.yaml"}
+# Read here and not by MONAI: which bundle and which stage an overlay belongs to.
+SELECTORS = ("bundle", "stage")
+SEPARATOR = "::"
+
+
+def training_workflow(
+    overlays: Sequence[str | Path], settings: Mapping[str, Any], stage: str | None = None
+) -> ConfigWorkflow:
+    """Return MONAI's workflow for a training stage, initialised.
+
+    Args:
+        overlays: YAML files, later ones win; each holds what differs from the bundle, and may name `bundle` and
+            `stage`.
+        settings: `key: value` from the command line, which win over all files; nested keys are joined by `::` or `.`.
+        stage: "autoencoder" or "diffusion", if not named in an overlay or in `settings`.
+
+    Raises:
+        InputError: a missing or unreadable file, an unknown key, no stage.
+    """
+    chosen = [(str(path), read_yaml(path)) for path in overlays]
+    chosen.append(("the command line", {key.replace(".", SEPARATOR): value for key, value in settings.items()}))
+    selectors: dict[str, Any] = {"bundle": str(DEFAULT_BUNDLE), **({"stage": stage} if stage else {})}
+    for _, content in chosen:
+        selectors |= {key: content.pop(key) for key in SELECTORS if key in content}
+    if selectors.get("stage") not in STAGE_FILES:
+        raise InputError(
+            f"stage is {selectors.get('stage')!r}; expected 'autoencoder' or 'diffusion'. Name it in an overlay, as "
+            "configs/autoencoder.yaml does, or on the command line: stage=autoencoder."
+        )
+    if stage and selectors["stage"] != stage:
+        raise InputError(f"the configuration is of stage '{selectors['stage']}'; the command trains '{stage}'.")
+
+    files = bundle_files(Path(selectors["bundle"]), selectors["stage"])
+    base = merged(files)
+    overrides: dict[str, Any] = {}
+    for source, content in chosen:
+        refuse_unknown_keys(content, base, source)
+        overrides |= flat(content, base)
+    root = files[0].parent.parent
+    workflow = ConfigWorkflow(
+        workflow_type="train",
+        config_file=[str(file) for file in files],
+        meta_file=str(root / "configs" / "metadata.json"),
+        logging_file=str(root / "configs" / "logging.conf"),
+        run_id="training",
+        **({"bundle_root": str(root)} | overrides),
+    )
+    workflow.initialize()
+    return workflow
+
+
+def bundle_files(bundle: Path, stage: str) -> list[Path]:
+    """Return the bundle's files that configure `stage`, the common one first.
+
+    Raises:
+        InputError: when `bundle` is no such folder.
+    """
+    files = [bundle / "configs" / COMMON, bundle / "configs" / STAGE_FILES[stage]]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"there is no {file}; expected `bundle` to name a bundle's folder.")
+    return files
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return a YAML file's mapping.
+
+    Raises:
+        InputError: missing, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}; give a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}; expected `key: value` lines.")
+    return content or {}
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Return `key=value` words as a dict, the values read as YAML.
+
+    Raises:
+        InputError: for a word without `=`.
+    """
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise InputError(f"{setting!r} is not a setting; expected key=value, such as max_epochs=20.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"the value of {setting!r} is not YAML; quote it, or write it on one line.") from None
+    return parsed
+
+
+def merged(files: Iterable[str | Path]) -> dict[str, Any]:
+    """Return the configuration of several files as MONAI merges them, later files winning per key."""
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in files])
+    config = dict(parser.get())
+    config.pop("_meta_", None)
+    return config
+
+
+def refuse_unknown_keys(content: Mapping[str, Any], base: Mapping[str, Any], source: str) -> None:
+    """Refuse a key that `base` lacks, and a dict that would replace a component and lose its `_target_`.
+
+    Args:
+        content: an overlay, its keys possibly joined by `::`.
+        base: the bundle's configuration.
+        source: what to call the overlay.
+
+    Raises:
+        InputError: naming the key and the nearest known one.
+    """
+    for joined, value in content.items():
+        node: Any = base
+        parents: list[str] = []
+        for key in joined.lstrip("+").split(SEPARATOR):
+            node = _child(node, key, parents, source)
+            parents.append(key)
+        if isinstance(value, dict) and isinstance(node, dict):
+            refuse_unknown_keys({f"{joined}{SEPARATOR}{key}": child for key, child in value.items()}, base, source)
+
+
+def _child(node: Any, key: str, parents: Sequence[str], source: str) -> Any:
+    if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+        return node[int(key)]
+    known = list(node) if isinstance(node, dict) else []
+    if key in known:
+        return node[key]
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    advice = f"did you mean {SEPARATOR.join([*parents, nearest[0]])}?" if nearest else f"known here: {known[:12]}"
+    raise InputError(f"{source} sets the unknown key {SEPARATOR.join([*parents, key])}; {advice}")
+
+
+def flat(content: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `content` with nested dicts as joined keys, so that a leaf changes and its siblings stay."""
+    overrides: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and not key.startswith("+"):
+            overrides |= {f"{key}{SEPARATOR}{child}": leaf for child, leaf in flat(value, base).items()}
+        else:
+            overrides[key] = value
+    return overrides
+
+
+def calling_parser() -> ConfigParser:
+    """Return the parser of the MONAI workflow whose expression is being evaluated.
+
+    A bundle's expressions get no handle on their own configuration, yet through every door, `python -m monai.bundle`
+    included, a run must check it and keep it. The parser is found among the callers instead.
+
+    Raises:
+        RuntimeError: when no workflow is running.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigWorkflow):
+            return owner.parser
+        frame = frame.f_back
+    raise RuntimeError("calling_parser() works in an expression of a bundle's configuration only")
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """Return a configuration as YAML text that reads back alike."""
+    return yaml.safe_dump(dict(config), sort_keys=False, width=120, default_flow_style=None)
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Return the first top-level key in which two configurations differ, or None."""
+    return next((key for key in [*one, *other] if one.get(key) != other.get(key)), None)

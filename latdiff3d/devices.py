@@ -1,0 +1,45 @@
+"""Where the networks compute and in which number format: bfloat16 autocast by default, on CPU and GPU alike."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from latdiff3d.errors import InputError
+
+
+def device(gpus: str | int | None = None) -> torch.device:
+    """Return the device to compute on.
+
+    Args:
+        gpus: the number of one GPU, as "0" or "0,", or nothing for the first GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: several GPUs, or one that is not there.
+    """
+    numbers = [part.strip() for part in str(gpus if gpus is not None else "").split(",") if part.strip()]
+    if not numbers:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if len(numbers) > 1 or not numbers[0].isdigit():
+        raise InputError(f"gpus is {gpus!r}; expected the number of one GPU, such as 0, (one process uses one GPU).")
+    if int(numbers[0]) >= torch.cuda.device_count():
+        raise InputError(
+            f"gpus is {gpus!r}, but {torch.cuda.device_count()} GPUs are visible here; leave it out to use the CPU."
+        )
+    return torch.device(f"cuda:{numbers[0]}")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Return the context in which a network's forward pass runs.
+
+    Args:
+        device: where it runs.
+        precision: "bf16" (bfloat16 autocast; weights stay in float32) or "fp32".
+
+    Raises:
+        InputError: for any other precision.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    raise InputError(f"precision is {precision!r}; expected 'bf16' or 'fp32'.")

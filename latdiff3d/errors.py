@@ -1,0 +1,22 @@
+"""The one error a user can cause: every door prints its line and exits with 2, no traceback."""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message says what was found, what was expected and what to do."""
+
+
+class InputExit(SystemExit):
+    """An `InputError` on its way out of MONAI's config machinery, which would wrap any `Exception` in its own words.
+
+    Raised in the main thread only, at the top of a bundle's program; `str()` is the one line to show.
+    """
+
+
+def root_input_error(error: BaseException) -> InputError | None:
+    """Return the `InputError` at or below `error` in its chain of causes, or None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -1,0 +1,271 @@
+"""What a run shows and keeps beside its weights: only what MONAI and Ignite do not have."""
+
+import csv
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader
+from monai.data.utils import set_rnd
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from latdiff3d.figures import slices_preview
+
+
+class SeedEpochs:
+    """Derives everything random in an epoch from (seed, epoch), so that a resumed run goes on as if never stopped.
+
+    Args:
+        seed: of the run.
+        loader: the training loader; its generator orders the cases and seeds its workers.
+    """
+
+    def __init__(self, seed: int, loader: DataLoader) -> None:
+        self.seed = seed
+        self.loader = loader
+
+    def attach(self, engine: Engine) -> None:
+        """Seed before each epoch's first batch is drawn."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed for the epoch that has just started."""
+        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        self.loader.generator.manual_seed(seed)
+        set_rnd(self.loader.dataset, seed)
+
+
+class Progress:
+    """A progress bar over the whole run, with the time left and the latest losses.
+
+    Args:
+        title: what is going on, shown at its left.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Follow `engine` from start to end."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._abandon)
+
+    def _start(self, engine: Engine) -> None:
+        self.bar = progress_bar(
+            total=engine.state.max_epochs * engine.state.epoch_length,
+            desc=self.title,
+            unit="step",
+            initial=engine.state.iteration,
+        )
+
+    def _advance(self, engine: Engine) -> None:
+        assert self.bar is not None
+        shown = {name: f"{value:.3g}" for name, value in engine.state.output.items()}
+        self.bar.set_postfix({"epoch": engine.state.epoch, **shown}, refresh=False)
+        self.bar.update()
+
+    def _close(self, engine: Engine) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _abandon(self, engine: Engine, error: BaseException) -> None:
+        self._close(engine)
+        raise error
+
+
+class MetricsCSV:
+    """A row an epoch: means of the training terms, validation metrics, learning rate and seconds.
+
+    A resumed run drops the rows after its checkpoint and goes on below them.
+
+    Args:
+        path: the file.
+        evaluator: whose metrics are written beside the training's.
+        optimizer: whose learning rate is written.
+    """
+
+    def __init__(self, path: str, evaluator: Engine, optimizer: torch.optim.Optimizer) -> None:
+        self.path = Path(path)
+        self.evaluator = evaluator
+        self.optimizer = optimizer
+        self.sums: dict[str, list[float]] = {}
+        self.validated = False
+
+    def attach(self, engine: Engine) -> None:
+        """Collect each step's terms and write each epoch's row; validation must be attached before."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+        self.evaluator.add_event_handler(Events.COMPLETED, self._note_validation)
+
+    def _start(self, engine: Engine) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_metrics(self.path) if int(row["epoch"]) <= engine.state.epoch]
+        self._write_rows(rows)
+
+    def _collect(self, engine: Engine) -> None:
+        for name, value in engine.state.output.items():
+            self.sums.setdefault(name, []).append(value)
+
+    def _note_validation(self, engine: Engine) -> None:
+        self.validated = True
+
+    def _write(self, engine: Engine) -> None:
+        row = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        row["seconds"] = round(engine.state.times[Events.EPOCH_COMPLETED.name], 2)
+        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        row |= {f"train_{name}": sum(values) / len(values) for name, values in self.sums.items()}
+        if self.validated:
+            row |= {f"val_{name}": value for name, value in self.evaluator.state.metrics.items()}
+        self.sums, self.validated = {}, False
+        self._write_rows([*read_metrics(self.path), row])
+
+    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.csv, empty cells left out; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+
+class TensorBoard:
+    """Writes the training terms of each step and the metrics of each validation to TensorBoard.
+
+    Its `writer` exists from the start of training on, so that a run refused before that leaves no folder behind.
+
+    Args:
+        log_dir: where the event files go.
+        evaluator: whose metrics are written.
+    """
+
+    def __init__(self, log_dir: str, evaluator: Engine) -> None:
+        self.log_dir = log_dir
+        self.evaluator = evaluator
+        self.writer: SummaryWriter | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the trainer and the evaluator."""
+
+        def open_writer(engine: Engine) -> None:
+            self.writer = SummaryWriter(self.log_dir, purge_step=engine.state.iteration + 1)
+
+        def write_terms(engine: Engine) -> None:
+            for name, value in engine.state.output.items():
+                self.writer.add_scalar(f"train/{name}", value, engine.state.iteration)
+
+        def write_metrics(evaluator: Engine) -> None:
+            for name, value in evaluator.state.metrics.items():
+                self.writer.add_scalar(f"val/{name}", value, engine.state.iteration)
+
+        engine.add_event_handler(Events.STARTED, open_writer)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, write_terms)
+        engine.add_event_handler(Events.COMPLETED, lambda _: self.writer.close())
+        self.evaluator.add_event_handler(Events.COMPLETED, write_metrics)
+
+
+class ReconstructionPreviews:
+    """At each validation, the first volumes and their reconstructions as a PNG and in TensorBoard.
+
+    Args:
+        folder: where the PNGs go.
+        evaluator: whose output holds `image` and `reconstruction`, (B, C, D, H, W).
+        tensorboard: where the picture goes too.
+        num_volumes: how many volumes are shown.
+    """
+
+    def __init__(self, folder: str, evaluator: Engine, tensorboard: TensorBoard, num_volumes: int = 2) -> None:
+        self.folder = Path(folder)
+        self.evaluator = evaluator
+        self.tensorboard = tensorboard
+        self.num_volumes = num_volumes
+        self.shown: list[tuple[str, np.ndarray]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Collect from the evaluator and write under the trainer's epoch."""
+
+        def write(evaluator: Engine) -> None:
+            path = self.folder / f"epoch_{engine.state.epoch:04d}.png"
+            write_preview(path, self.shown, self.tensorboard.writer, "reconstruction", engine.state.epoch)
+            self.shown = []
+
+        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        self.evaluator.add_event_handler(Events.COMPLETED, write)
+
+    def _collect(self, engine: Engine) -> None:
+        output, names = engine.state.output, engine.state.batch["case"]
+        for name, image, reconstruction in zip(names, output["image"], output["reconstruction"], strict=True):
+            if len(self.shown) < 2 * self.num_volumes:
+                self.shown.append((f"{name} real", image.cpu().numpy()))
+                self.shown.append((f"{name} reconstructed", reconstruction.cpu().numpy()))
+
+
+class SamplePreviews:
+    """At each validation, volumes sampled for the first validation masks, as a PNG and in TensorBoard.
+
+    Args:
+        folder: where the PNGs go.
+        evaluator: after whose runs volumes are sampled.
+        tensorboard: where the picture goes too.
+        synthesize: takes a validation batch and returns volumes (B, C, D, H, W) for its conditions.
+        loader: the validation loader, whose first batch is sampled for, each time alike.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        evaluator: Engine,
+        tensorboard: TensorBoard,
+        synthesize: Callable[[Mapping[str, Any]], torch.Tensor],
+        loader: DataLoader,
+    ) -> None:
+        self.folder = Path(folder)
+        self.evaluator = evaluator
+        self.tensorboard = tensorboard
+        self.synthesize = synthesize
+        self.loader = loader
+
+    def attach(self, engine: Engine) -> None:
+        """Sample after each validation of `engine`'s evaluator."""
+
+        def write(evaluator: Engine) -> None:
+            batch = next(iter(self.loader))
+            volumes = self.synthesize(batch)
+            shown = [(f"{n} synthetic", v.cpu().numpy()) for n, v in zip(batch["case"], volumes, strict=True)]
+            path = self.folder / f"epoch_{engine.state.epoch:04d}.png"
+            write_preview(path, shown, self.tensorboard.writer, "synthetic", engine.state.epoch)
+
+        self.evaluator.add_event_handler(Events.COMPLETED, write)
+
+
+def write_preview(
+    path: Path, shown: list[tuple[str, np.ndarray]], writer: SummaryWriter, tag: str, epoch: int
+) -> None:
+    """Write named volumes (C, D, H, W) as slices to a PNG and to TensorBoard."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    slices_preview(path, [image for _, image in shown], [name for name, _ in shown])
+    writer.add_image(tag, np.asarray(Image.open(path).convert("RGB")), epoch, dataformats="HWC")
+
+
+def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
+    """Return a tqdm bar that redraws often on a terminal and every 20 s in a log file."""
+    return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, **kwargs)

@@ -1,0 +1,272 @@
+"""A run and its folder: begin, go on where it stopped, train, finish. The bundle's programs, behind every door."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+from monai.utils import set_determinism
+from torch import nn
+
+from latdiff3d import checkpoints, config
+from latdiff3d.codec import LatentCodec
+from latdiff3d.errors import InputError, InputExit, root_input_error
+
+CONFIG_FILE = "config.yaml"
+# May differ between a run and its continuation.
+NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root")
+
+
+def begin(*files: str) -> None:
+    """Check the configuration against the bundle's own `files`, and seed; a bundle's `initialize`.
+
+    Raises:
+        InputExit: for an unknown key.
+    """
+    parser = config.calling_parser()
+    with _one_line():
+        resolved = _own_config(parser)
+        folder = Path(str(resolved["bundle_root"])) / "configs"
+        if not all((folder / file).is_file() for file in files):
+            raise InputError(f"bundle_root is {resolved['bundle_root']!r}; expected the bundle's folder.")
+        config.refuse_unknown_keys(resolved, config.merged(folder / file for file in files), "the configuration")
+        set_determinism(int(resolved["seed"]), use_deterministic_algorithms=None)
+
+
+def train(stage: str) -> None:
+    """Train `stage` as the calling workflow's configuration says; a bundle's `training` program.
+
+    A run folder that holds a checkpoint is gone on with; one that is finished is only reported.
+
+    Raises:
+        InputExit: for anything wrong in the configuration or the data.
+    """
+    parser = config.calling_parser()
+    with _one_line():
+        _refuse_several_processes()
+        own = _own_config(parser)
+        run_dir = Path(parser.get_parsed_content("run_dir"))
+        _refuse_foreign_folder(run_dir, own, resuming=bool(own["resume"]))
+        start = parser.get_parsed_content("resume") or _last_checkpoint(run_dir)
+        content = checkpoints.load(checkpoints.find(start, "last"), stage) if start else None
+        trainer: Engine = parser.get_parsed_content("train::trainer")
+        run: Run = parser.get_parsed_content("train::run")
+        run.config_text = config.as_yaml(own)
+        if content:
+            run.restore(trainer, content)
+        _write_config(run_dir, run.config_text)
+        started = time.monotonic()
+        if trainer.state.epoch < trainer.state.max_epochs:
+            trainer.run()
+        run.finish()
+        print(run.summary(trainer, time.monotonic() - started), flush=True)
+
+
+def folder_of(place: str) -> Path:
+    """Return the folder of the run that `place`, the folder itself or a checkpoint in it, names.
+
+    Raises:
+        InputError: when there is no run.
+    """
+    path = Path(place)
+    folder = path if path.is_dir() else path.parent.parent
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"there is no run at {place}; expected a run's folder, with {CONFIG_FILE} in it, or its .pt.")
+    return folder
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds, and when one is written: at the end of each epoch.
+
+    Args:
+        stage: "autoencoder" or "diffusion".
+        run_dir: the run's folder.
+        objects: name → anything with `state_dict` and `load_state_dict`.
+        evaluator: whose key metric says which epoch is best.
+        metric: how to show that metric, such as "PSNR {:.2f} dB".
+        next_command: what to type next; `{run}` and `{data}` are filled in.
+        data: the data set's folder.
+        notes: what sampling must know of the training data.
+        first_stage: path and hash of stage 1's checkpoint, for stage 2.
+        at_end: called once with the best weights loaded; what it changes in them is kept.
+    """
+
+    stage: str
+    run_dir: str
+    objects: Mapping[str, Any]
+    evaluator: Engine
+    metric: str
+    next_command: str
+    data: str
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    first_stage: Mapping[str, str] | None = None
+    at_end: Callable[[], None] | None = None
+    config_text: str = field(default="", init=False)
+
+    def attach(self, engine: Engine) -> None:
+        """Write checkpoints at each epoch's end; validation must be attached before."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def write(self, engine: Engine) -> None:
+        """Write `last.pt`, and `best.pt` if this epoch's validation was the best so far."""
+        content = self._content(engine)
+        if self.evaluator.state.best_metric_epoch == engine.state.epoch:
+            checkpoints.save(self._path("best"), content)
+        checkpoints.save(self._path("last"), content)
+
+    def restore(self, engine: Engine, content: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's content.
+
+        Raises:
+            InputError: of another first stage, or of other shapes.
+        """
+        if content["first_stage"] and self.first_stage and content["first_stage"]["sha256"] != (
+            self.first_stage["sha256"]
+        ):
+            raise InputError(
+                f"{self.run_dir} was trained on the latents of {content['first_stage']['path']}, which is not "
+                f"{self.first_stage['path']} as it is now; give that checkpoint, or another --name."
+            )
+        for name, thing in self.objects.items():
+            state = content["objects"][name]
+            if isinstance(thing, nn.Module):
+                checkpoints.load_weights(thing, state, f"the checkpoint of {self.run_dir}")
+            else:
+                thing.load_state_dict(state)
+        engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
+        self.evaluator.state.best_metric = content["best_metric"]
+        self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+
+    def finish(self) -> None:
+        """Do what is due once, at the end of training, on the best weights, and keep its result with them.
+
+        Raises:
+            InputError: when no epoch was validated.
+        """
+        path = self._path("best")
+        if not path.is_file():
+            raise InputError(f"{self.run_dir} was never validated; set val_interval to at most max_epochs.")
+        best = checkpoints.load(path)
+        if best["finished"]:
+            return
+        networks = {name: thing for name, thing in self.objects.items() if isinstance(thing, nn.Module)}
+        for name, network in networks.items():
+            network.load_state_dict(best["objects"][name])
+        if self.at_end:
+            print("measuring the latents over the training set", flush=True)
+            self.at_end()
+        weights = {name: network.state_dict() for name, network in networks.items()}
+        checkpoints.save(path, {**best, "objects": {**best["objects"], **weights}, "finished": True})
+
+    def summary(self, engine: Engine, seconds: float) -> str:
+        """Return what was reached and the command that uses it."""
+        state = self.evaluator.state
+        command = self.next_command.format(run=self.run_dir, data=self.data)
+        return (
+            f"Stage '{self.stage}' is trained: {engine.state.epoch} epochs, {engine.state.iteration} steps, this time "
+            f"in {seconds / 60:.1f} min; best at epoch {state.best_metric_epoch}: "
+            f"{self.metric.format(state.best_metric)}.\n{self._path('best')}\nNext: {command}"
+        )
+
+    def _path(self, which: str) -> Path:
+        return Path(self.run_dir) / checkpoints.FOLDER / f"{which}.pt"
+
+    def _content(self, engine: Engine) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "config": self.config_text,
+            "notes": dict(self.notes),
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "best_metric": self.evaluator.state.best_metric,
+            "best_metric_epoch": self.evaluator.state.best_metric_epoch,
+            "first_stage": dict(self.first_stage) if self.first_stage else None,
+            "finished": False,
+            "objects": {name: thing.state_dict() for name, thing in self.objects.items()},
+        }
+
+
+def first_stage_codec(first_stage: str, codec: LatentCodec, settings: Mapping[str, Any]) -> LatentCodec:
+    """Return `codec` with the weights and statistics of stage 1's checkpoint, frozen.
+
+    Args:
+        first_stage: the checkpoint, or the folder of its run.
+        codec: as this configuration builds it.
+        settings: this configuration's values of what both stages must share.
+
+    Raises:
+        InputError: no checkpoint, one of stage 2, unmeasured latents, other shapes, or other settings.
+    """
+    if not first_stage:
+        raise InputError("stage 2 needs stage 1's checkpoint; give first_stage=RUN_OR_CKPT, such as runs/autoencoder.")
+    path = checkpoints.find(first_stage)
+    content = checkpoints.load(path, "autoencoder")
+    there = yaml.safe_load(content["config"])
+    for key, value in settings.items():
+        if there[key] != value:
+            raise InputError(f"{path} was trained with {key} {there[key]}, this run has {value}; use the same in both.")
+    checkpoints.load_weights(codec, content["objects"]["codec"], str(path))
+    if codec.num_volumes.item() == 0:
+        raise InputError(f"{path} has no latent statistics; finish stage 1, whose best.pt holds them, and use that.")
+    return codec.requires_grad_(False).eval()
+
+
+def checkpoint_record(first_stage: str) -> dict[str, str]:
+    """Return path and SHA-256 of the checkpoint that `first_stage` names, to keep in stage 2's checkpoint."""
+    path = checkpoints.find(first_stage)
+    return {"path": str(path), "sha256": checkpoints.sha256(path)}
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Let a user's mistake out of MONAI's wrappers as the one line it is."""
+    try:
+        yield
+    except Exception as error:
+        mistake = root_input_error(error)
+        if mistake is None:
+            raise
+        raise InputExit(str(mistake)) from None
+
+
+def _own_config(parser: ConfigParser) -> dict[str, Any]:
+    return {key: value for key, value in parser.get().items() if key != "_meta_"}
+
+
+def _refuse_several_processes() -> None:
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes > 1:
+        raise InputError(f"started as {num_processes} processes; one process trains so far: --nproc_per_node 1.")
+
+
+def _refuse_foreign_folder(run_dir: Path, own: Mapping[str, Any], resuming: bool) -> None:
+    file = run_dir / CONFIG_FILE
+    if resuming or not file.is_file():
+        return
+    there = config.read_yaml(file)
+    comparable = [{k: v for k, v in one.items() if k not in NOT_OF_THE_RUN} for one in (own, there)]
+    key = config.first_difference(*comparable)
+    if key is not None:
+        raise InputError(
+            f"{run_dir} holds a run with another configuration: {key} is {there.get(key)} there, {own.get(key)} here. "
+            "Choose another --name, or go on with that run by -r."
+        )
+
+
+def _last_checkpoint(run_dir: Path) -> str:
+    last = run_dir / checkpoints.FOLDER / "last.pt"
+    return str(last) if last.is_file() else ""
+
+
+def _write_config(run_dir: Path, text: str) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(text)
+    temporary.replace(run_dir / CONFIG_FILE)

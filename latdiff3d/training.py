@@ -1,0 +1,223 @@
+"""The two iteration updates, for `monai.engines.Trainer(iteration_update=…)`, and what the evaluators measure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from torch import nn
+from torch.nn import functional as F
+
+from latdiff3d.codec import LatentCodec
+from latdiff3d.conditioning import MaskCondition, NoCondition
+from latdiff3d.errors import InputError
+from latdiff3d.losses import (
+    AutoencoderLoss,
+    adaptive_weight,
+    hinge_discriminator,
+    hinge_generator,
+    masked_l1,
+    masked_psnr,
+)
+from latdiff3d.networks import last_layer
+from latdiff3d.objectives import Epsilon
+from latdiff3d.devices import autocast
+
+Batch = Mapping[str, Any]
+
+
+@dataclass
+class AutoencoderStep:
+    """One generator update and, once it trains, one discriminator update.
+
+    A batch holds `image` (B, C, D, H, W) in [0, 1] and `valid` (B, 1, D, H, W), 1 on the volume's own voxels. Padding
+    is kept out of the reconstruction loss, and looks the same to the discriminator in real and reconstructed volumes.
+    """
+
+    autoencoder: nn.Module
+    discriminator: nn.Module
+    loss: AutoencoderLoss
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: str = "bf16"
+    max_grad_norm: float = 1.0
+
+    def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
+        """Update the weights and return the loss's terms, raw."""
+        iteration = engine.state.iteration
+        self.autoencoder.train()
+        self.discriminator.train()
+        image, valid = _to(self.device, batch["image"], batch["valid"])
+        with autocast(self.device, self.precision):
+            reconstruction, mean, std = self.autoencoder(image)  # (B, C, D, H, W), 2 × (B, C', D/f, H/f, W/f)
+        reconstruction = reconstruction.float()
+        l1 = masked_l1(reconstruction, image, valid)
+        kl = self.loss.kl(mean.float(), std.float())
+        total = l1 + self.loss.kl_weight * kl
+        terms = {"l1": l1, "kl": kl}
+
+        shown = torch.where(valid > 0, reconstruction, image)
+        if self.loss.generator_sees_discriminator(iteration):
+            self.discriminator.requires_grad_(False)
+            adversarial = hinge_generator(self._scores(shown))
+            weight = (
+                adaptive_weight(l1, adversarial, last_layer(self.autoencoder))
+                if self.loss.adaptive_weight
+                else torch.ones_like(l1)
+            )
+            total = total + self.loss.disc_weight * weight * adversarial
+            terms |= {"adversarial": adversarial, "adaptive_weight": weight}
+        _update(total, self.autoencoder, self.optimizer, self.max_grad_norm)
+
+        if self.loss.discriminator_trains(iteration):
+            self.discriminator.requires_grad_(True)
+            disc = hinge_discriminator(self._scores(image), self._scores(shown.detach()))
+            _update(disc, self.discriminator, self.discriminator_optimizer, self.max_grad_norm)
+            terms["discriminator"] = disc
+        return {name: term.item() for name, term in terms.items()}
+
+    def _scores(self, image: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self.precision):
+            return self.discriminator(image)[-1].float()  # MONAI returns every layer's features, the scores last
+
+
+@dataclass
+class AutoencoderValidation:
+    """Reconstructs from the posterior's mean and measures it on the volume's own voxels."""
+
+    autoencoder: nn.Module
+    device: torch.device
+    precision: str = "bf16"
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine, batch: Batch) -> dict[str, Any]:
+        """Return `psnr` in dB and `l1`, means over the batch, and `image` and `reconstruction` for the previews.
+
+        Batches of one volume, so that the means over batches are means over volumes.
+        """
+        self.autoencoder.eval()
+        image, valid = _to(self.device, batch["image"], batch["valid"])
+        with autocast(self.device, self.precision):
+            reconstruction = self.autoencoder.decode(self.autoencoder.encode(image)[0])
+        reconstruction = reconstruction.float()
+        return {
+            "psnr": masked_psnr(reconstruction, image, valid).mean().item(),
+            "l1": masked_l1(reconstruction, image, valid).item(),
+            "image": image,
+            "reconstruction": torch.where(valid > 0, reconstruction.clamp(0, 1), image),
+        }
+
+
+@dataclass
+class DiffusionStep:
+    """A regression on latents: noise them to a random time and ask the denoiser what `objective` wants.
+
+    A batch holds either `mean` and `std`, moments of the normalised posterior, and `condition` (see latents.py), or
+    `image` and `mask`, which are then encoded here.
+    """
+
+    denoiser: nn.Module
+    codec: LatentCodec
+    condition: MaskCondition | NoCondition
+    noise_schedule: nn.Module
+    objective: Epsilon
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: str = "bf16"
+    max_grad_norm: float = 1.0
+
+    def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
+        """Update the weights and return the loss."""
+        self.denoiser.train()
+        mean, std, condition = latent_batch(batch, self.codec, self.condition, self.device)
+        latents = mean + std * torch.randn_like(std)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(len(self.noise_schedule.alphas_cumprod), (len(latents),), device=self.device)
+        loss = diffusion_loss(self, self.denoiser, latents, noise, timesteps, condition).mean()
+        _update(loss, self.denoiser, self.optimizer, self.max_grad_norm)
+        return {"loss": loss.item()}
+
+
+@dataclass
+class DiffusionValidation:
+    """The loss of the EMA weights at fixed noise and timesteps, so that curves compare between epochs and runs.
+
+    Each volume is looked at `num_times` times, at timesteps spread evenly over the schedule; its noise depends on
+    `seed` and the volume's position in the validation set alone.
+    """
+
+    denoiser: nn.Module
+    codec: LatentCodec
+    condition: MaskCondition | NoCondition
+    noise_schedule: nn.Module
+    objective: Epsilon
+    device: torch.device
+    precision: str = "bf16"
+    num_times: int = 8
+    seed: int = 0
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
+        """Return `loss`, its mean over the batch and the timesteps."""
+        self.denoiser.eval()
+        mean, _, condition = latent_batch(batch, self.codec, self.condition, self.device)
+        generator = torch.Generator().manual_seed(self.seed + engine.state.iteration)
+        num_timesteps = len(self.noise_schedule.alphas_cumprod)
+        losses = []
+        for k in range(self.num_times):
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            timesteps = torch.full((len(mean),), int((k + 0.5) / self.num_times * num_timesteps), device=mean.device)
+            losses.append(diffusion_loss(self, self.denoiser, mean, noise, timesteps, condition))
+        return {"loss": torch.stack(losses).mean().item()}
+
+
+def latent_batch(
+    batch: Batch, codec: LatentCodec, condition: MaskCondition | NoCondition, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return posterior mean, std and condition of a batch, from the cache's entries or by encoding its images."""
+    if "mean" in batch:
+        mean, std = _to(device, batch["mean"], batch["std"])
+        return mean, std, _to(device, batch["condition"])[0] if "condition" in batch else None
+    mean, std = codec.encode(*_to(device, batch["image"]))
+    return mean, std, condition(*_to(device, batch["mask"])) if "mask" in batch else None
+
+
+def with_condition(latents: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+    """Return the denoiser's input (B, C + K, D, H, W): the noisy latents and, behind them, the condition."""
+    return latents if condition is None else torch.cat([latents, condition.to(latents)], dim=1)
+
+
+def diffusion_loss(
+    how: DiffusionStep | DiffusionValidation,
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the mean squared error (B,) of the denoiser at `timesteps` (B,)."""
+    alpha_bar = how.noise_schedule.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1, 1)
+    noisy = how.noise_schedule.add_noise(latents, noise, timesteps)
+    with autocast(how.device, how.precision):
+        prediction = denoiser(with_condition(noisy, condition), timesteps)  # (B, C, D, H, W)
+    target = how.objective.target(latents, noise, alpha_bar)
+    return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3, 4))
+
+
+def _to(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Move to `device` as plain tensors: MONAI's metadata has done its work by now, and costs time in every op."""
+    return [(t.as_tensor() if hasattr(t, "as_tensor") else t).to(device, non_blocking=True) for t in tensors]
+
+
+def _update(loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    if not torch.isfinite(loss):
+        raise InputError(
+            f"the loss of {type(network).__name__} became {loss.item()}; lower learning_rate, or look at the data with "
+            "`latdiff3d doctor`. The last checkpoint is from before this step."
+        )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
+    optimizer.step()

@@ -1,0 +1,138 @@
+"""Where a volume lies in the world: a mask brought to the model's grid, a volume back to the mask's, and NIfTI files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, SpatialCrop, SpatialPad
+from monai.transforms.utils import convert_applied_interp_mode, generate_spatial_bounding_box
+
+from latdiff3d import __version__
+from latdiff3d.errors import InputError
+
+# What every file's header says, so that a synthetic volume is never taken for a patient's; NIfTI allows 79 characters.
+SYNTHETIC = f"SYNTHETIC volume, not a patient's; latdiff3d {__version__}"
+
+
+@dataclass(frozen=True)
+class ModelGrid:
+    """A mask on the grid a model was trained on, and the way back.
+
+    Attributes:
+        mask: (1, D, H, W), of the model's crop size, mapped labels, RAS, padded with background where the volume ends.
+    """
+
+    mask: MetaTensor
+    preprocessing: Compose
+    pad: SpatialPad
+    crop: SpatialCrop
+
+    def to_mask_grid(self, volume: torch.Tensor) -> np.ndarray:
+        """Return `volume` (C, D, H, W), which lies on `mask`, on the mask file's own grid, 0 outside the crop."""
+        operations = convert_applied_interp_mode(self.mask.applied_operations, mode="bilinear")
+        placed = MetaTensor(volume, meta=self.mask.meta, applied_operations=operations)
+        placed = self.pad.inverse(self.crop.inverse(placed))
+        return np.asarray(self.preprocessing.inverse({"mask": placed})["mask"], dtype=np.float32)
+
+
+def mask_on_model_grid(path: str | Path, preprocessing: Compose, crop_to: Sequence[int]) -> ModelGrid:
+    """Load a mask and cut the crop around its labelled voxels' centre, or around its middle where it is empty.
+
+    Args:
+        path: a NIfTI file, of any orientation.
+        preprocessing: the model's, which takes a mask alone as well.
+        crop_to: (D, H, W).
+    """
+    mask = preprocessing({"mask": str(path)})["mask"]
+    pad = SpatialPad(spatial_size=crop_to)
+    padded = pad(mask)
+    start, end = generate_spatial_bounding_box(padded, allow_smaller=True)
+    empty = not bool((padded > 0).any())
+    size = np.array(padded.shape[1:])
+    centre = size // 2 if empty else (np.array(start) + np.array(end)) // 2
+    first = np.clip(centre - np.array(crop_to) // 2, 0, size - np.array(crop_to))
+    crop = SpatialCrop(roi_start=first.tolist(), roi_end=(first + np.array(crop_to)).tolist())
+    return ModelGrid(crop(padded), preprocessing, pad, crop)
+
+
+def write_synthetic(
+    folder: Path,
+    case: str,
+    volume: np.ndarray,
+    affine: np.ndarray,
+    modalities: Sequence[str],
+    provenance: Mapping[str, Any],
+    mask: np.ndarray | None = None,
+) -> list[Path]:
+    """Write `<folder>/<case>/<case>_<modality>.nii.gz`, BraTS's layout, the mask beside them, and a JSON sidecar.
+
+    Args:
+        volume: (C, D, H, W), one channel a modality.
+        affine: (4, 4), voxel to RAS mm.
+        provenance: what made it: model, seed, sampler.
+        mask: (D, H, W) as in the mask's file, written as `_seg`.
+
+    Returns:
+        the volumes' paths.
+    """
+    target = folder / case
+    target.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for channel, modality in zip(volume, modalities, strict=True):
+        paths.append(target / f"{case}_{modality}.nii.gz")
+        _write_nifti(paths[-1], channel.astype(np.float32), affine, SYNTHETIC)
+    if mask is not None:
+        _write_nifti(target / f"{case}_seg.nii.gz", mask, affine, "the mask these SYNTHETIC volumes were made for")
+    sidecar = {"SyntheticData": True, "GeneratedBy": {"Name": "latdiff3d", "Version": __version__}, **provenance}
+    (target / f"{case}.json").write_text(json.dumps(sidecar, indent=2) + "\n")
+    return paths
+
+
+def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mask file's labels (D, H, W) as they are stored, and its affine (4, 4)."""
+    image = nib.load(path)
+    labels = np.asarray(image.dataobj)
+    return (labels.astype(np.uint8) if labels.max() < 256 else labels.astype(np.int16)), image.affine
+
+
+def median_spacing_mm(cases: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the median voxel size of the cases' first images, in RAS axis order, in mm; header reads only."""
+    spacings = []
+    for case in cases:
+        image = nib.load(case["image"][0])
+        order = nib.io_orientation(image.affine)[:, 0].astype(int)
+        spacing = np.empty(3)
+        spacing[order] = nib.affines.voxel_sizes(image.affine)
+        spacings.append(spacing)
+    return [float(value) for value in np.median(spacings, axis=0)]
+
+
+def centred_affine(shape: Sequence[int], spacing_mm: Sequence[float]) -> np.ndarray:
+    """Return the RAS affine of a grid whose middle is the world's origin."""
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = -np.array(spacing_mm) * (np.array(shape) - 1) / 2
+    return affine
+
+
+def case_name(mask: str | Path) -> str:
+    """Return a mask file's name without its ending and without `_seg`."""
+    name = Path(mask).name
+    for ending in (".nii.gz", ".nii"):
+        if name.endswith(ending):
+            return name.removesuffix(ending).removesuffix("_seg")
+    raise InputError(f"{mask} is no NIfTI file; expected a mask that ends in .nii.gz or .nii.")
+
+
+def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, description: str) -> None:
+    image = nib.Nifti1Image(array, affine)
+    image.header["descrip"] = description
+    image.header.set_xyzt_units("mm")
+    temporary = path.with_name(f".tmp_{path.name}")
+    nib.save(image, temporary)
+    temporary.replace(path)
