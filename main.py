@@ -6,7 +6,7 @@
 
 import argparse
 
-from latdiff3d.cli import door, run_training
+from latdiff3d.cli import door
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,7 +33,9 @@ def main() -> None:
     """Train as the command line says."""
     given = parse_arguments()
     named = {"name": given.name, "gpus": given.gpus, "seed": given.seed, "logdir": given.logdir}
-    run_training(given.base, given.settings, named, resume=given.resume)
+    from latdiff3d import runs
+
+    runs.start(given.base, given.settings, named, resume=given.resume)
 
 
 if __name__ == "__main__":

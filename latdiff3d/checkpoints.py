@@ -51,7 +51,7 @@ def load(path: Path, stage: str | None = None) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}; expected a .pt file that latdiff3d wrote.") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # EOFError says nothing
         raise InputError(f"{path} is not a readable checkpoint ({reason}); copy it again or use another.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a latdiff3d checkpoint of format {FORMAT}; train one with `latdiff3d train`.")

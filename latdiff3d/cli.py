@@ -1,7 +1,7 @@
 """What the user types: builds a list of configuration files and settings, nothing more."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +37,9 @@ def train(
 ) -> None:
     """Train a stage. The same command goes on where it stopped."""
     named = {"dataset_dir": data, "name": name, "logdir": logdir, "seed": seed, "gpus": gpus}
-    run_training(config or [], settings or [], named, stage.value, resume)
+    from latdiff3d import runs
+
+    runs.start(config or [], settings or [], named, stage.value, resume)
 
 
 @app.command()
@@ -65,11 +67,11 @@ def doctor(
     labels: Annotated[str | None, typer.Option(help="that masks may hold, such as 0,1,2,4; default: any")] = None,
 ) -> None:
     """Read a data set and print all that is wrong with it."""
-    from latdiff3d import checks
+    from latdiff3d.doctor import examine, print_report
 
     known = None if labels is None else [int(label) for label in labels.split(",")]
-    rows, problems = checks.doctor(folder, layout, modalities.split(","), known)
-    checks.print_report(rows, problems)
+    rows, problems = examine(folder, layout, modalities.split(","), known)
+    print_report(rows, problems)
     if problems:
         raise SystemExit(2)
 
@@ -84,33 +86,6 @@ def demo(
     from latdiff3d.demo import run_demo
 
     run_demo(data, out, config or [])
-
-
-def run_training(
-    overlays: Sequence[str | Path],
-    settings: Sequence[str],
-    named: dict[str, Any],
-    stage: str | None = None,
-    resume: str | None = None,
-) -> None:
-    """Train as the overlays, `key=value` settings and named settings (None: not given) say.
-
-    Args:
-        resume: a run's folder or a checkpoint in it; its configuration comes first.
-
-    Raises:
-        InputError, InputExit: for a user's mistake.
-    """
-    from latdiff3d import config, runs
-
-    given = {key: value for key, value in named.items() if value is not None}
-    if resume:
-        run_dir = runs.folder_of(resume)
-        overlays = [run_dir / runs.CONFIG_FILE, *overlays]
-        given = {"run_dir": str(run_dir), **given, "resume": resume}
-    workflow = config.training_workflow(overlays, {**given, **config.parse_settings(settings)}, stage)
-    workflow.run()
-    workflow.finalize()
 
 
 def run_sampling(
@@ -135,17 +110,17 @@ def run_sampling(
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
+    if num_samples < 1 or seed < 0:
+        raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
     loaded = synthesis.Model.load(model, steps, gpus)
     if data is not None:
-        masks = synthesis.masks_of_split(loaded, data, split)
+        masks: list[Any] = [case["mask"] for case in synthesis.cases_of_split(loaded, data, split)]
     else:
         masks = synthesis.masks_at(mask) if mask is not None else []
-    if loaded.is_conditional and not masks:
-        raise InputError(f"{loaded.path} is conditioned on masks; give --mask FILE_OR_FOLDER, or --data FOLDER.")
-    written = synthesis.sample_to_folder(loaded, masks, out, num_samples, seed, grid)
-    print(f"{len(written)} synthetic volumes are in {out}, such as {written[0]}")
+    made = list(synthesis.sample_to_folder(loaded, masks, out, num_samples, seed, whole=grid == "mask"))
+    print(f"{len(made)} synthetic cases are in {out}, such as {made[0][2][0]}")
 
 
 def door(program: Callable[[], Any]) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-from latdiff3d.errors import InputError
 from latdiff3d.devices import autocast
+from latdiff3d.errors import InputError
 
 
 class LatentCodec(nn.Module):
@@ -20,10 +21,14 @@ class LatentCodec(nn.Module):
         autoencoder: an AutoencoderKL.
         latent_channels: C, the number of latent channels.
         precision: of the autoencoder's passes, "bf16" or "fp32".
+
+    Raises:
+        InputError: for another precision.
     """
 
-    def __init__(self, autoencoder: nn.Module, latent_channels: int, precision: str = "fp32") -> None:
+    def __init__(self, autoencoder: AutoencoderKL, latent_channels: int, precision: str = "fp32") -> None:
         super().__init__()
+        autocast(torch.device("cpu"), precision)  # an unknown precision is refused here, before any work
         self.autoencoder = autoencoder
         self.precision = precision
         self.latent_mean: torch.Tensor

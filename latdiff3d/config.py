@@ -5,7 +5,8 @@ MONAI adds a misspelt key silently, and lets a dict without its `_target_` repla
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,80 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from latdiff3d.errors import InputError
 
-DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "brats_mask_ldm"
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEFAULT_BUNDLE = REPOSITORY / "bundles" / "brats_mask_ldm"
+CONFIG_FOLDER = REPOSITORY / "configs"
 COMMON = "common.yaml"
 STAGE_FILES = {"autoencoder": "train_autoencoder.yaml", "diffusion": "train_diffusion.yaml"}
 # Read here and not by MONAI: which bundle and which stage an overlay belongs to.
 SELECTORS = ("bundle", "stage")
 SEPARATOR = "::"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as the number it is; YAML 1.1 asks for 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_numbers(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(isinstance(v, (int, float)) for v in value)
+
+
+# What a plain setting must be, for those whose mistakes would otherwise surface late, or never.
+EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "batch_size": (_is_count, "a whole number from 1 on"),
+    "max_epochs": (_is_count, "a whole number from 1 on"),
+    "val_interval": (_is_count, "a whole number from 1 on"),
+    "latent_crops": (_is_natural, "a whole number from 0 on"),
+    "num_workers": (_is_natural, "a whole number from 0 on"),
+    "seed": (_is_natural, "a whole number from 0 on"),
+    "learning_rate": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
+    "first_stage": (lambda value: isinstance(value, str), "a checkpoint or a run's folder"),
+    "modalities": (
+        lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value),
+        "a list of names, such as [flair, t1, t1ce, t2]",
+    ),
+    "labels": (
+        lambda value: isinstance(value, list) and value[:1] == [0] and all(isinstance(v, int) for v in value),
+        "a list of whole numbers that begins with the background's 0, such as [0, 1, 2, 4]",
+    ),
+    "intensity_percentiles": (lambda value: _are_numbers(value, 2), "two percentiles, such as [0, 99.5]"),
+    "spacing": (
+        lambda value: value is None or (_are_numbers(value, 3) and min(value) > 0),
+        "three sizes in mm, such as [1, 1, 1], or null",
+    ),
+}
+
+
+def check_settings(resolved: Mapping[str, Any]) -> None:
+    """Refuse a plain setting that is not what it must be, and validation that would never happen.
+
+    Args:
+        resolved: a stage's whole configuration, its expressions and references not evaluated.
+
+    Raises:
+        InputError: naming setting, value and what is expected.
+    """
+    for key, (is_fine, expected) in EXPECTED.items():
+        value = resolved.get(key)
+        is_expression = isinstance(value, str) and value[:1] in ("$", "@", "%")
+        if key in resolved and not is_expression and not is_fine(value):
+            raise InputError(f"{key} is {value!r}; expected {expected}.")
+    interval, epochs = resolved.get("val_interval"), resolved.get("max_epochs")
+    if isinstance(interval, int) and isinstance(epochs, int) and interval > epochs:
+        raise InputError(f"val_interval {interval} is above max_epochs {epochs}; expected a validation before the end.")
 
 
 def training_workflow(
@@ -88,7 +157,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         InputError: missing, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}; give a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -110,7 +179,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise InputError(f"{setting!r} is not a setting; expected key=value, such as max_epochs=20.")
         try:
-            parsed[key] = yaml.safe_load(value)
+            parsed[key] = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise InputError(f"the value of {setting!r} is not YAML; quote it, or write it on one line.") from None
     return parsed

@@ -144,6 +144,8 @@ def split_cases(
             "expected val_fraction above 0 and a sum below 1."
         )
     root = Path(folder).expanduser()
+    if not root.exists():
+        raise InputError(f"{root} does not exist; expected the folder of train.list and val.list, or of the data set.")
     folder_of_lists = root.parent if root.is_file() else root
     lists = {split: file for split in SPLITS if (file := folder_of_lists / f"{split}.list").is_file()}
     fractions = (val_fraction, test_fraction)

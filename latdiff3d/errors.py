@@ -1,5 +1,10 @@
 """The one error a user can cause: every door prints its line and exits with 2, no traceback."""
 
+import re
+
+# A data loader's worker hands its error on as text: a traceback, whose last line is the error.
+_FROM_A_WORKER = re.compile(r"^latdiff3d\.errors\.InputError: (.+)$", re.MULTILINE)
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message says what was found, what was expected and what to do."""
@@ -13,10 +18,13 @@ class InputExit(SystemExit):
 
 
 def root_input_error(error: BaseException) -> InputError | None:
-    """Return the `InputError` at or below `error` in its chain of causes, or None."""
+    """Return the `InputError` at or below `error` in its chain of causes, or in a worker's report, or None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):
             return cause
+        reported = _FROM_A_WORKER.search(str(cause))
+        if reported:
+            return InputError(reported.group(1))
         cause = cause.__cause__ or cause.__context__
     return None

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
+from ignite.handlers import EMAHandler
+from ignite.handlers.param_scheduler import BaseParamScheduler
 from monai.data import DataLoader
 from monai.data.utils import set_rnd
+from monai.engines.workflow import Workflow
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -30,16 +33,41 @@ class SeedEpochs:
         self.seed = seed
         self.loader = loader
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Seed before each epoch's first batch is drawn."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
+        # Anew after the last epoch's iterator ran out: in doing so, PyTorch's RandomSampler draws once more.
+        engine.add_event_handler(Events.EPOCH_STARTED | Events.DATALOADER_STOP_ITERATION, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Workflow) -> None:
         """Seed for the epoch that has just started."""
         seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
         torch.manual_seed(seed)
         self.loader.generator.manual_seed(seed)
         set_rnd(self.loader.dataset, seed)
+
+
+class EMA(EMAHandler):
+    """Ignite's moving average of the weights, whose warm-up a resumed run goes on with instead of beginning anew."""
+
+    def attach(
+        self,
+        engine: Engine,
+        name: str = "ema_momentum",
+        warn_if_exists: bool = True,
+        event: str | Events | CallableEventWithFilter | EventsList = Events.ITERATION_COMPLETED,
+    ) -> None:
+        """Average after each iteration; the warm-up counts the engine's iterations, not this process'."""
+        super().attach(engine, name, warn_if_exists, event)
+        engine.add_event_handler(Events.STARTED, self._catch_up)
+
+    def _catch_up(self, engine: Engine) -> None:
+        if isinstance(self.momentum_scheduler, BaseParamScheduler):
+            self.momentum_scheduler.event_index = engine.state.iteration
+
+
+def existing(handler: Any) -> Any:
+    """Return `handler`: an item of `train::handlers` must be a dict for MONAI's check of a bundle's properties."""
+    return handler
 
 
 class Progress:
@@ -53,14 +81,14 @@ class Progress:
         self.title = title
         self.bar: tqdm | None = None
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Follow `engine` from start to end."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         engine.add_event_handler(Events.COMPLETED, self._close)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._abandon)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: Workflow) -> None:
         self.bar = progress_bar(
             total=engine.state.max_epochs * engine.state.epoch_length,
             desc=self.title,
@@ -68,17 +96,17 @@ class Progress:
             initial=engine.state.iteration,
         )
 
-    def _advance(self, engine: Engine) -> None:
+    def _advance(self, engine: Workflow) -> None:
         assert self.bar is not None
         shown = {name: f"{value:.3g}" for name, value in engine.state.output.items()}
         self.bar.set_postfix({"epoch": engine.state.epoch, **shown}, refresh=False)
         self.bar.update()
 
-    def _close(self, engine: Engine) -> None:
+    def _close(self, engine: Workflow) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def _abandon(self, engine: Engine, error: BaseException) -> None:
+    def _abandon(self, engine: Workflow, error: BaseException) -> None:
         self._close(engine)
         raise error
 
@@ -94,33 +122,33 @@ class MetricsCSV:
         optimizer: whose learning rate is written.
     """
 
-    def __init__(self, path: str, evaluator: Engine, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, path: str, evaluator: Workflow, optimizer: torch.optim.Optimizer) -> None:
         self.path = Path(path)
         self.evaluator = evaluator
         self.optimizer = optimizer
         self.sums: dict[str, list[float]] = {}
         self.validated = False
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Collect each step's terms and write each epoch's row; validation must be attached before."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
         self.evaluator.add_event_handler(Events.COMPLETED, self._note_validation)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: Workflow) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_metrics(self.path) if int(row["epoch"]) <= engine.state.epoch]
         self._write_rows(rows)
 
-    def _collect(self, engine: Engine) -> None:
+    def _collect(self, engine: Workflow) -> None:
         for name, value in engine.state.output.items():
             self.sums.setdefault(name, []).append(value)
 
-    def _note_validation(self, engine: Engine) -> None:
+    def _note_validation(self, engine: Workflow) -> None:
         self.validated = True
 
-    def _write(self, engine: Engine) -> None:
+    def _write(self, engine: Workflow) -> None:
         row = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
         row["seconds"] = round(engine.state.times[Events.EPOCH_COMPLETED.name], 2)
         row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
@@ -151,29 +179,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class TensorBoard:
     """Writes the training terms of each step and the metrics of each validation to TensorBoard.
 
-    Its `writer` exists from the start of training on, so that a run refused before that leaves no folder behind.
+    Its writer is opened at the start of training, so that a run refused before that leaves no folder behind.
 
     Args:
         log_dir: where the event files go.
         evaluator: whose metrics are written.
     """
 
-    def __init__(self, log_dir: str, evaluator: Engine) -> None:
+    def __init__(self, log_dir: str, evaluator: Workflow) -> None:
         self.log_dir = log_dir
         self.evaluator = evaluator
-        self.writer: SummaryWriter | None = None
+        self._writer: SummaryWriter | None = None
 
-    def attach(self, engine: Engine) -> None:
+    @property
+    def writer(self) -> SummaryWriter:
+        """The open writer; only while its engine runs, or has run."""
+        assert self._writer is not None
+        return self._writer
+
+    def attach(self, engine: Workflow) -> None:
         """Follow the trainer and the evaluator."""
 
-        def open_writer(engine: Engine) -> None:
-            self.writer = SummaryWriter(self.log_dir, purge_step=engine.state.iteration + 1)
+        def open_writer(engine: Workflow) -> None:
+            self._writer = SummaryWriter(self.log_dir, purge_step=engine.state.iteration + 1)
 
-        def write_terms(engine: Engine) -> None:
+        def write_terms(engine: Workflow) -> None:
             for name, value in engine.state.output.items():
                 self.writer.add_scalar(f"train/{name}", value, engine.state.iteration)
 
-        def write_metrics(evaluator: Engine) -> None:
+        def write_metrics(evaluator: Workflow) -> None:
             for name, value in evaluator.state.metrics.items():
                 self.writer.add_scalar(f"val/{name}", value, engine.state.iteration)
 
@@ -193,17 +227,17 @@ class ReconstructionPreviews:
         num_volumes: how many volumes are shown.
     """
 
-    def __init__(self, folder: str, evaluator: Engine, tensorboard: TensorBoard, num_volumes: int = 2) -> None:
+    def __init__(self, folder: str, evaluator: Workflow, tensorboard: TensorBoard, num_volumes: int = 2) -> None:
         self.folder = Path(folder)
         self.evaluator = evaluator
         self.tensorboard = tensorboard
         self.num_volumes = num_volumes
         self.shown: list[tuple[str, np.ndarray]] = []
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Collect from the evaluator and write under the trainer's epoch."""
 
-        def write(evaluator: Engine) -> None:
+        def write(evaluator: Workflow) -> None:
             path = self.folder / f"epoch_{engine.state.epoch:04d}.png"
             write_preview(path, self.shown, self.tensorboard.writer, "reconstruction", engine.state.epoch)
             self.shown = []
@@ -211,7 +245,7 @@ class ReconstructionPreviews:
         self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         self.evaluator.add_event_handler(Events.COMPLETED, write)
 
-    def _collect(self, engine: Engine) -> None:
+    def _collect(self, engine: Workflow) -> None:
         output, names = engine.state.output, engine.state.batch["case"]
         for name, image, reconstruction in zip(names, output["image"], output["reconstruction"], strict=True):
             if len(self.shown) < 2 * self.num_volumes:
@@ -233,7 +267,7 @@ class SamplePreviews:
     def __init__(
         self,
         folder: str,
-        evaluator: Engine,
+        evaluator: Workflow,
         tensorboard: TensorBoard,
         synthesize: Callable[[Mapping[str, Any]], torch.Tensor],
         loader: DataLoader,
@@ -244,10 +278,10 @@ class SamplePreviews:
         self.synthesize = synthesize
         self.loader = loader
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Workflow) -> None:
         """Sample after each validation of `engine`'s evaluator."""
 
-        def write(evaluator: Engine) -> None:
+        def write(evaluator: Workflow) -> None:
             batch = next(iter(self.loader))
             volumes = self.synthesize(batch)
             shown = [(f"{n} synthetic", v.cpu().numpy()) for n, v in zip(batch["case"], volumes, strict=True)]

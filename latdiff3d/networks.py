@@ -19,10 +19,10 @@ def downsampling(network: nn.Module) -> int:
         network: an AutoencoderKL or a DiffusionModelUNet.
     """
     if isinstance(network, AutoencoderKL):
-        return int(2 ** sum(isinstance(module, AEKLDownsample) for module in network.encoder.blocks))
+        return int(2 ** sum(isinstance(module, AEKLDownsample) for module in network.encoder.modules()))
     if isinstance(network, DiffusionModelUNet):
         return int(2 ** (len(network.block_out_channels) - 1))
-    raise TypeError(f"{type(network).__name__} has no known downsampling; expected AutoencoderKL or DiffusionModelUNet.")
+    raise TypeError(f"{type(network).__name__} is neither an AutoencoderKL nor a DiffusionModelUNet.")
 
 
 class ExactConv3d(nn.Conv3d):
@@ -48,7 +48,19 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(device)
 
 
-def last_layer(autoencoder: nn.Module) -> torch.Tensor:
+def narrow_posterior(autoencoder: AutoencoderKL, std: float) -> AutoencoderKL:
+    """Let an untrained AutoencoderKL begin with a posterior of standard deviation `std`, whatever the image.
+
+    MONAI's begins near 1, as wide as the means' own spread: the decoder first learns to average over noise, and the
+    posterior is slow to narrow. Returns the same network.
+    """
+    parameters = dict(autoencoder.quant_conv_log_sigma.named_parameters())
+    nn.init.zeros_(parameters["conv.weight"])
+    nn.init.constant_(parameters["conv.bias"], 2 * math.log(std))  # the layer gives log σ²
+    return autoencoder
+
+
+def last_layer(autoencoder: AutoencoderKL) -> torch.Tensor:
     """Return the weight of the decoder's last convolution, at which the adaptive weight compares gradients."""
     return [module for module in autoencoder.decoder.modules() if isinstance(module, nn.Conv3d)][-1].weight
 
@@ -66,7 +78,30 @@ def check_crop(crop_to: Sequence[int], networks: Sequence[nn.Module]) -> None:
     names = {AutoencoderKL: "autoencoder", DiffusionModelUNet: "U-Net"}
     factors = [downsampling(network) for network in networks]
     combined = math.prod(factors)
-    if len(crop_to) != 3 or any(int(size) != size or size < 1 for size in crop_to):
-        raise InputError(f"crop_to is {list(crop_to)}; expected three whole numbers of voxels such as [64, 64, 64].")
+    sizes = list(crop_to) if isinstance(crop_to, (list, tuple)) else []
+    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise InputError(f"crop_to is {crop_to!r}; expected three whole numbers of voxels such as [64, 64, 64].")
     parts = " × ".join(f"the {names[type(n)]}'s {f}" for n, f in zip(networks, factors, strict=True))
     check_divisible(crop_to, combined, parts)
+
+
+def check_discriminator(crop_to: Sequence[int], discriminator: nn.Module, num_channels: int) -> None:
+    """Refuse a crop that nothing is left of behind the discriminator's layers.
+
+    Args:
+        crop_to: (D, H, W) in voxels.
+        discriminator: a PatchDiscriminator.
+        num_channels: of the image.
+
+    Raises:
+        InputError: naming what to change.
+    """
+    device = next(discriminator.parameters()).device
+    try:
+        with torch.no_grad():
+            discriminator(torch.zeros(1, num_channels, *crop_to, device=device))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"crop_to {list(crop_to)} is too small for the discriminator ({str(error).splitlines()[0]}); "
+            "use a larger crop, or fewer layers: discriminator_def::num_layers_d."
+        ) from error

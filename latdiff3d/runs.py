@@ -1,16 +1,18 @@
 """A run and its folder: begin, go on where it stopped, train, finish. The bundle's programs, behind every door."""
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.bundle import ConfigParser
+from monai.engines import Evaluator, Trainer
 from monai.utils import set_determinism
 from torch import nn
 
@@ -36,6 +38,7 @@ def begin(*files: str) -> None:
         if not all((folder / file).is_file() for file in files):
             raise InputError(f"bundle_root is {resolved['bundle_root']!r}; expected the bundle's folder.")
         config.refuse_unknown_keys(resolved, config.merged(folder / file for file in files), "the configuration")
+        config.check_settings(resolved)
         set_determinism(int(resolved["seed"]), use_deterministic_algorithms=None)
 
 
@@ -55,7 +58,9 @@ def train(stage: str) -> None:
         _refuse_foreign_folder(run_dir, own, resuming=bool(own["resume"]))
         start = parser.get_parsed_content("resume") or _last_checkpoint(run_dir)
         content = checkpoints.load(checkpoints.find(start, "last"), stage) if start else None
-        trainer: Engine = parser.get_parsed_content("train::trainer")
+        if content and content["first_stage"]:
+            _refuse_other_first_stage(run_dir, content["first_stage"], parser.get_parsed_content("first_stage"))
+        trainer: Trainer = parser.get_parsed_content("train::trainer")
         run: Run = parser.get_parsed_content("train::run")
         run.config_text = config.as_yaml(own)
         if content:
@@ -66,6 +71,31 @@ def train(stage: str) -> None:
             trainer.run()
         run.finish()
         print(run.summary(trainer, time.monotonic() - started), flush=True)
+
+
+def start(
+    overlays: Sequence[str | Path],
+    settings: Sequence[str],
+    named: Mapping[str, Any],
+    stage: str | None = None,
+    resume: str | None = None,
+) -> None:
+    """Train as overlays, `key=value` words and named settings (None: not given) say; what the doors call.
+
+    Args:
+        resume: a run's folder or a checkpoint in it; its configuration comes first.
+
+    Raises:
+        InputError, InputExit: for a user's mistake.
+    """
+    given = {key: value for key, value in named.items() if value is not None}
+    if resume:
+        run_dir = folder_of(resume)
+        overlays = [run_dir / CONFIG_FILE, *overlays]
+        given = {"run_dir": str(run_dir), **given, "resume": resume}
+    workflow = config.training_workflow(overlays, {**given, **config.parse_settings(settings)}, stage)
+    workflow.run()
+    workflow.finalize()
 
 
 def folder_of(place: str) -> Path:
@@ -101,7 +131,7 @@ class Run:
     stage: str
     run_dir: str
     objects: Mapping[str, Any]
-    evaluator: Engine
+    evaluator: Evaluator
     metric: str
     next_command: str
     data: str
@@ -110,30 +140,23 @@ class Run:
     at_end: Callable[[], None] | None = None
     config_text: str = field(default="", init=False)
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Trainer) -> None:
         """Write checkpoints at each epoch's end; validation must be attached before."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
 
-    def write(self, engine: Engine) -> None:
+    def write(self, engine: Trainer) -> None:
         """Write `last.pt`, and `best.pt` if this epoch's validation was the best so far."""
         content = self._content(engine)
         if self.evaluator.state.best_metric_epoch == engine.state.epoch:
             checkpoints.save(self._path("best"), content)
         checkpoints.save(self._path("last"), content)
 
-    def restore(self, engine: Engine, content: Mapping[str, Any]) -> None:
+    def restore(self, engine: Trainer, content: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's content.
 
         Raises:
-            InputError: of another first stage, or of other shapes.
+            InputError: of other shapes.
         """
-        if content["first_stage"] and self.first_stage and content["first_stage"]["sha256"] != (
-            self.first_stage["sha256"]
-        ):
-            raise InputError(
-                f"{self.run_dir} was trained on the latents of {content['first_stage']['path']}, which is not "
-                f"{self.first_stage['path']} as it is now; give that checkpoint, or another --name."
-            )
         for name, thing in self.objects.items():
             state = content["objects"][name]
             if isinstance(thing, nn.Module):
@@ -165,7 +188,7 @@ class Run:
         weights = {name: network.state_dict() for name, network in networks.items()}
         checkpoints.save(path, {**best, "objects": {**best["objects"], **weights}, "finished": True})
 
-    def summary(self, engine: Engine, seconds: float) -> str:
+    def summary(self, engine: Trainer, seconds: float) -> str:
         """Return what was reached and the command that uses it."""
         state = self.evaluator.state
         command = self.next_command.format(run=self.run_dir, data=self.data)
@@ -178,7 +201,7 @@ class Run:
     def _path(self, which: str) -> Path:
         return Path(self.run_dir) / checkpoints.FOLDER / f"{which}.pt"
 
-    def _content(self, engine: Engine) -> dict[str, Any]:
+    def _content(self, engine: Trainer) -> dict[str, Any]:
         return {
             "stage": self.stage,
             "config": self.config_text,
@@ -230,10 +253,24 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        mistake = root_input_error(error)
+        mistake = root_input_error(error) or _settings_error(error)
         if mistake is None:
             raise
         raise InputExit(str(mistake)) from None
+
+
+def _settings_error(error: BaseException) -> InputError | None:
+    """Return what the system or a component of the configuration refused, if that is what `error` comes from."""
+    refused = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        refused = refused or "".join(re.findall(r"^Failed to instantiate component '([^']+)'", str(cause)))
+        if isinstance(cause, OSError) and cause.filename:
+            return InputError(f"{cause.filename}: {cause.strerror}; expected a place that can be read and written.")
+        if refused and isinstance(cause, (ValueError, TypeError)):
+            return InputError(f"{refused} refuses its settings: {' '.join(str(cause).split())}")
+        cause = cause.__cause__
+    return None
 
 
 def _own_config(parser: ConfigParser) -> dict[str, Any]:
@@ -257,6 +294,15 @@ def _refuse_foreign_folder(run_dir: Path, own: Mapping[str, Any], resuming: bool
         raise InputError(
             f"{run_dir} holds a run with another configuration: {key} is {there.get(key)} there, {own.get(key)} here. "
             "Choose another --name, or go on with that run by -r."
+        )
+
+
+def _refuse_other_first_stage(run_dir: Path, trained_on: Mapping[str, str], first_stage: str) -> None:
+    given = checkpoint_record(first_stage)
+    if trained_on["sha256"] != given["sha256"]:
+        raise InputError(
+            f"{run_dir} was trained on the latents of {trained_on['path']}, which is not {given['path']} as it is now; "
+            "give that checkpoint, or another --name."
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 from latdiff3d.errors import InputError
 
@@ -27,12 +28,19 @@ def time_pairs(num_steps: int, num_train_timesteps: int) -> list[tuple[int, int]
     return list(zip(times, [*times[1:], CLEAN], strict=True))
 
 
+def alphas_cumprod(noise_schedule: nn.Module) -> torch.Tensor:
+    """Return ᾱ (T,) of a MONAI noise schedule."""
+    values = noise_schedule.alphas_cumprod
+    assert isinstance(values, torch.Tensor)
+    return values
+
+
 @torch.no_grad()
 def ddim(
     split: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
     noise: torch.Tensor,
     times: Iterable[tuple[int, int]],
-    alphas_cumprod: torch.Tensor,
+    alpha_bars: torch.Tensor,
 ) -> torch.Tensor:
     """Denoise with DDIM at η = 0 (Song et al. 2021, Eq. 12, arXiv:2010.02502).
 
@@ -40,7 +48,7 @@ def ddim(
         split: takes noisy latents z_t (B, C, D, H, W) and t; returns (z_0, ε) as the denoiser sees them.
         noise: z_T, standard normal.
         times: (t, t_next) pairs such as `time_pairs` gives.
-        alphas_cumprod: ᾱ of the noise schedule, (T,).
+        alpha_bars: ᾱ of the noise schedule, (T,).
 
     Returns:
         clean latents, of the shape of `noise`.
@@ -48,6 +56,6 @@ def ddim(
     z = noise
     for t, t_next in times:
         z_0, epsilon = split(z, t)
-        alpha_bar_next = alphas_cumprod[t_next].to(z) if t_next != CLEAN else torch.ones((), device=z.device)
+        alpha_bar_next = alpha_bars[t_next].to(z) if t_next != CLEAN else torch.ones((), device=z.device)
         z = alpha_bar_next.sqrt() * z_0 + (1 - alpha_bar_next).sqrt() * epsilon
     return z

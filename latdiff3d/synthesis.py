@@ -1,6 +1,6 @@
 """Masks in, volumes out: a trained model's checkpoint becomes something that samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from latdiff3d.networks import downsampling
 from latdiff3d.objectives import Epsilon
 from latdiff3d.training import latent_batch, with_condition
 from latdiff3d.volumes import (
+    ModelGrid,
     case_name,
     centred_affine,
     mask_on_model_grid,
@@ -36,6 +37,9 @@ class Synthesizer:
 
     Args:
         num_steps: how often the denoiser is called for a volume.
+
+    Raises:
+        InputError: for a number of steps that the noise schedule does not have.
     """
 
     denoiser: nn.Module
@@ -46,6 +50,9 @@ class Synthesizer:
     device: torch.device
     precision: str = "bf16"
     num_steps: int = 50
+
+    def __post_init__(self) -> None:
+        self.times = samplers.time_pairs(self.num_steps, len(samplers.alphas_cumprod(self.noise_schedule)))
 
     def __call__(self, batch: Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Return volumes (B, C, D, H, W) for the conditions of a batch as stage 2 trains on."""
@@ -60,22 +67,42 @@ class Synthesizer:
 
         Args:
             shape: of one volume's latents, (C', D/f, H/f, W/f).
-            condition: (B, K, D/f, H/f, W/f), or None for an unconditional model.
+            condition: (B, K, D/f, H/f, W/f) on any device, or None for an unconditional model.
             seeds: one a volume; its noise depends on it alone.
         """
         self.denoiser.eval()
         noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        alphas_cumprod = self.noise_schedule.alphas_cumprod.to(self.device)
+        alpha_bars = samplers.alphas_cumprod(self.noise_schedule).to(self.device)
+        condition = None if condition is None else condition.to(self.device)
 
         def split(z: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
             timesteps = torch.full((len(z),), t, device=z.device)
             with autocast(self.device, self.precision):
                 prediction = self.denoiser(with_condition(z, condition), timesteps).float()
-            return self.objective.split(prediction, z, alphas_cumprod[t])
+            return self.objective.split(prediction, z, alpha_bars[t])
 
-        times = samplers.time_pairs(self.num_steps, len(alphas_cumprod))
-        latents = samplers.ddim(split, noise.to(self.device), times, alphas_cumprod)
+        latents = samplers.ddim(split, noise.to(self.device), self.times, alpha_bars)
         return self.codec.decode(latents).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A synthetic volume where it lies.
+
+    Attributes:
+        volume: (C, D, H, W) in [0, 1], on the model's grid.
+        affine: (4, 4), voxel to RAS mm, of the model's grid.
+        grid: the mask it was made for, or None.
+    """
+
+    volume: torch.Tensor
+    affine: np.ndarray
+    grid: ModelGrid | None
+
+    def on_mask_grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return volume (C, D, H, W) and affine on the mask file's own grid, 0 where that is larger than the crop."""
+        assert self.grid is not None
+        return self.grid.to_mask_grid(self.volume), read_mask(self.grid.path)[1]
 
 
 @dataclass
@@ -123,7 +150,7 @@ class Model:
             parser.get_parsed_content("objective"),
             parser.get_parsed_content("device"),
             parser.get_parsed_content("precision"),
-            num_steps or parser.get_parsed_content("sampling_steps"),
+            parser.get_parsed_content("sampling_steps") if num_steps is None else num_steps,
         )
         return cls(
             path,
@@ -140,37 +167,39 @@ class Model:
         """Say whether it needs a mask."""
         return isinstance(self.synthesizer.condition, MaskCondition)
 
-    def sample(self, mask: str | Path | None, seed: int, grid: str = "mask") -> tuple[np.ndarray, np.ndarray]:
-        """Return a volume (C, D, H, W) in [0, 1] and its affine (4, 4), voxel to RAS mm.
-
-        Args:
-            mask: a NIfTI file; None for an unconditional model.
-            seed: the volume depends on it and on the mask alone.
-            grid: "mask" for the mask file's own grid, 0 where it is larger than the model's crop; "crop" for the
-                model's grid.
+    def grid_of(self, mask: str | Path | None) -> ModelGrid | None:
+        """Return the mask on the model's grid, or None for None; all that can be wrong with it is found here.
 
         Raises:
             InputError: a mask for an unconditional model or none for a conditional one, or a mask it cannot read.
         """
         if (mask is None) == self.is_conditional:
             raise InputError(
-                f"{self.path} is conditioned on masks; give --mask FILE_OR_FOLDER."
+                f"{self.path} is conditioned on masks; give --mask FILE_OR_FOLDER, or --data FOLDER."
                 if self.is_conditional
-                else f"{self.path} is an unconditional model; leave --mask out."
+                else f"{self.path} is an unconditional model; leave --mask and --data out."
             )
+        return None if mask is None else mask_on_model_grid(mask, self.preprocessing, self.crop_to)
+
+    def sample(self, mask: str | Path | None, seed: int) -> Sample:
+        """Return a synthetic volume, which depends on `seed` and `mask` alone.
+
+        Args:
+            mask: a NIfTI file; None for an unconditional model.
+            seed: of the noise.
+
+        Raises:
+            InputError: see `grid_of`.
+        """
+        grid = self.grid_of(mask)
         factor = downsampling(self.synthesizer.codec.autoencoder)
         shape = (len(self.synthesizer.codec.latent_mean), *(size // factor for size in self.crop_to))
-        if mask is None:
+        if grid is None:
             volume = self.synthesizer.sample(shape, None, [seed])[0]
-            return volume.cpu().numpy(), centred_affine(self.crop_to, self.spacing_mm)
-        placed = mask_on_model_grid(mask, self.preprocessing, self.crop_to)
-        condition = self.synthesizer.condition(placed.mask.as_tensor()[None])
-        if condition is not None:
-            condition = condition.to(self.synthesizer.device)
-        volume = self.synthesizer.sample(shape, condition, [seed])[0].cpu()
-        if grid == "crop":
-            return volume.numpy(), np.asarray(placed.mask.affine, dtype=float)
-        return placed.to_mask_grid(volume), read_mask(mask)[1]
+            return Sample(volume.cpu(), centred_affine(self.crop_to, self.spacing_mm), None)
+        condition = self.synthesizer.condition(grid.mask.as_tensor()[None])
+        volume = self.synthesizer.sample(shape, condition, [seed])[0]
+        return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid)
 
 
 def sample_to_folder(
@@ -179,9 +208,9 @@ def sample_to_folder(
     out: str | Path,
     num_samples: int = 1,
     seed: int = 0,
-    grid: str = "mask",
-) -> list[Path]:
-    """Write `num_samples` volumes for each mask, or in all for an unconditional model, and return their files.
+    whole: bool = True,
+) -> Iterator[tuple[str, Sample, list[Path]]]:
+    """Write `num_samples` volumes for each mask, or in all for an unconditional model.
 
     Args:
         model: from `Model.load`.
@@ -189,34 +218,40 @@ def sample_to_folder(
         out: the folder; each case gets one below it.
         num_samples: the k-th has seed + k.
         seed: of the first.
-        grid: see `Model.sample`.
+        whole: write on the mask file's own grid; else on the model's, the crop alone.
+
+    Yields:
+        case, sample and its files, as they are written.
 
     Raises:
-        InputError: two masks of one name, or what `Model.sample` refuses.
+        InputError: two masks of one name, or what `Model.grid_of` refuses, before any volume is made.
     """
     named = {case_name(mask): mask for mask in masks}
     if len(named) != len(masks):
         raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
     digest = checkpoints.sha256(model.path)
     jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
-    written: list[Path] = []
+    for _, mask in jobs:
+        model.grid_of(mask)
     with progress_bar(total=len(jobs) * num_samples, desc="sampling", unit="volume") as bar:
         for case, mask in jobs:
             for k in range(num_samples):
                 name = case if num_samples == 1 and mask is not None else f"{case}_seed{seed + k:04d}"
-                volume, affine = model.sample(mask, seed + k, grid)
+                sample = model.sample(mask, seed + k)
+                on_mask = sample.grid is not None and whole
+                volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
                 provenance = {
                     "Checkpoint": {"Path": str(model.path), "SHA256": digest},
                     "Seed": seed + k,
                     "Sampler": "DDIM",
                     "Steps": model.synthesizer.num_steps,
-                    "Mask": None if mask is None else {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
+                    "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
                     "Units": "normalised intensity, 0 to 1",
                 }
-                labels = read_mask(mask)[0] if mask is not None and grid == "mask" else None
-                written += write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
+                labels = read_mask(mask)[0] if mask is not None and on_mask else None
+                files = write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
                 bar.update()
-    return written
+                yield name, sample, files
 
 
 def masks_at(place: str | Path) -> list[Path]:
@@ -232,14 +267,17 @@ def masks_at(place: str | Path) -> list[Path]:
     return masks
 
 
-def masks_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[Path]:
-    """Return the masks of a data set's split, read as the model's configuration reads data.
+def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[dict[str, Any]]:
+    """Return the cases of a data set's split, read as the model's configuration reads data.
 
     Raises:
         InputError: for another split than train, val or test, or for a data set that cannot be read.
     """
-    model.config["dataset_dir"] = str(dataset_dir)
     if split not in ("train", "val", "test"):
         raise InputError(f"split is {split!r}; expected train, val or test.")
-    model.config.ref_resolver.reset()
-    return [Path(case["mask"]) for case in model.config.get_parsed_content("splits")[split]]
+    model.config["dataset_dir"] = str(dataset_dir)
+    model.config.parse(True)
+    cases = list(model.config.get_parsed_content("splits")[split])
+    if not cases:
+        raise InputError(f"{dataset_dir} has no {split} case; choose another --split, or list some in {split}.list.")
+    return cases

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
+from monai.networks.nets import AutoencoderKL
+from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import MaskCondition, NoCondition
+from latdiff3d.devices import autocast
 from latdiff3d.errors import InputError
 from latdiff3d.losses import (
     AutoencoderLoss,
@@ -22,7 +25,7 @@ from latdiff3d.losses import (
 )
 from latdiff3d.networks import last_layer
 from latdiff3d.objectives import Epsilon
-from latdiff3d.devices import autocast
+from latdiff3d.samplers import alphas_cumprod
 
 Batch = Mapping[str, Any]
 
@@ -35,7 +38,7 @@ class AutoencoderStep:
     is kept out of the reconstruction loss, and looks the same to the discriminator in real and reconstructed volumes.
     """
 
-    autoencoder: nn.Module
+    autoencoder: AutoencoderKL
     discriminator: nn.Module
     loss: AutoencoderLoss
     optimizer: torch.optim.Optimizer
@@ -87,7 +90,7 @@ class AutoencoderStep:
 class AutoencoderValidation:
     """Reconstructs from the posterior's mean and measures it on the volume's own voxels."""
 
-    autoencoder: nn.Module
+    autoencoder: AutoencoderKL
     device: torch.device
     precision: str = "bf16"
 
@@ -121,7 +124,7 @@ class DiffusionStep:
     denoiser: nn.Module
     codec: LatentCodec
     condition: MaskCondition | NoCondition
-    noise_schedule: nn.Module
+    noise_schedule: DDPMScheduler
     objective: Epsilon
     optimizer: torch.optim.Optimizer
     device: torch.device
@@ -134,7 +137,7 @@ class DiffusionStep:
         mean, std, condition = latent_batch(batch, self.codec, self.condition, self.device)
         latents = mean + std * torch.randn_like(std)
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(len(self.noise_schedule.alphas_cumprod), (len(latents),), device=self.device)
+        timesteps = torch.randint(len(alphas_cumprod(self.noise_schedule)), (len(latents),), device=self.device)
         loss = diffusion_loss(self, self.denoiser, latents, noise, timesteps, condition).mean()
         _update(loss, self.denoiser, self.optimizer, self.max_grad_norm)
         return {"loss": loss.item()}
@@ -151,7 +154,7 @@ class DiffusionValidation:
     denoiser: nn.Module
     codec: LatentCodec
     condition: MaskCondition | NoCondition
-    noise_schedule: nn.Module
+    noise_schedule: DDPMScheduler
     objective: Epsilon
     device: torch.device
     precision: str = "bf16"
@@ -164,7 +167,7 @@ class DiffusionValidation:
         self.denoiser.eval()
         mean, _, condition = latent_batch(batch, self.codec, self.condition, self.device)
         generator = torch.Generator().manual_seed(self.seed + engine.state.iteration)
-        num_timesteps = len(self.noise_schedule.alphas_cumprod)
+        num_timesteps = len(alphas_cumprod(self.noise_schedule))
         losses = []
         for k in range(self.num_times):
             noise = torch.randn(mean.shape, generator=generator).to(mean)
@@ -198,7 +201,7 @@ def diffusion_loss(
     condition: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the mean squared error (B,) of the denoiser at `timesteps` (B,)."""
-    alpha_bar = how.noise_schedule.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1, 1)
+    alpha_bar = alphas_cumprod(how.noise_schedule).to(latents)[timesteps].view(-1, 1, 1, 1, 1)
     noisy = how.noise_schedule.add_noise(latents, noise, timesteps)
     with autocast(how.device, how.precision):
         prediction = denoiser(with_condition(noisy, condition), timesteps)  # (B, C, D, H, W)

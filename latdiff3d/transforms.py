@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, RandomizableTransform, SpatialCrop
+from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import TransformBackends, convert_to_numpy, convert_to_tensor, ensure_tuple
 
-from latdiff3d.checks import CHANNEL_FILES, Header, file_label, grid_problem, read_volume, voxel_problems
+from latdiff3d.checks import grid_problem, voxel_problems
 from latdiff3d.datalist import raise_first
 from latdiff3d.errors import InputError
+from latdiff3d.readers import CHANNEL_FILES, Header, file_label, read_volume
 
 # Outside a skull-stripped brain every voxel is the same; inside, no single value of a real scan comes near this share.
 BACKGROUND_FRACTION = 0.1
@@ -186,6 +188,60 @@ class CoarseMaskd(MapTransform):
                 mask = convert_to_tensor(d[key], track_meta=True)
                 d[key] = (mask > 0).to(mask.dtype)
         return d
+
+
+class ForegroundCropd(MapTransform):
+    """Cut a window of `roi_size` around the middle of the foreground, moved as little as the volume's end demands.
+
+    Args:
+        keys: what to cut, all on one grid, at least as large as the window.
+        source_key: the image (C, D, H, W), whose foreground is what is above 0 in any channel.
+        roi_size: (D, H, W) of the window.
+    """
+
+    backend = SpatialCrop.backend
+
+    def __init__(
+        self, keys: KeysCollection, source_key: str, roi_size: Sequence[int], allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.source_key = source_key
+        self.roi_size = np.array(roi_size)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        lowest, highest = self._range_of_starts(d[self.source_key])
+        start = self._choose(lowest, highest)
+        crop = SpatialCrop(roi_start=start.tolist(), roi_end=(start + self.roi_size).tolist())
+        for key in self.key_iterator(d):
+            d[key] = crop(d[key])
+        return d
+
+    def _choose(self, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+        return (lowest + highest) // 2
+
+    def _range_of_starts(self, image: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return the window's first and last start per axis: inside the foreground's box, or all of the box inside."""
+        size = np.array(image.shape[1:])
+        if (size < self.roi_size).any():
+            raise ValueError(f"the volume is {size.tolist()}; pad it to at least {self.roi_size.tolist()} first.")
+        first, end = generate_spatial_bounding_box(image, allow_smaller=True)
+        ends = np.sort([np.array(first), np.array(end) - self.roi_size], axis=0)
+        lowest, highest = np.clip(ends, 0, size - self.roi_size)
+        return lowest, highest
+
+
+class RandForegroundCropd(RandomizableTransform, ForegroundCropd):
+    """As `ForegroundCropd`, at a random place: inside the foreground's box, or around all of it where it is smaller."""
+
+    def __init__(
+        self, keys: KeysCollection, source_key: str, roi_size: Sequence[int], allow_missing_keys: bool = False
+    ) -> None:
+        ForegroundCropd.__init__(self, keys, source_key, roi_size, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+
+    def _choose(self, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+        return np.array([self.R.randint(low, high + 1) for low, high in zip(lowest, highest, strict=True)])
 
 
 def foreground_range(channel: np.ndarray, lower: float, upper: float) -> tuple[float | None, float, float]:

@@ -1,4 +1,4 @@
-"""Where a volume lies in the world: a mask brought to the model's grid, a volume back to the mask's, and NIfTI files."""
+"""Where a volume lies in the world: a mask brought to the model's grid, a volume back to the mask's; NIfTI files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,11 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, SpatialCrop, SpatialPad
 from monai.transforms.utils import convert_applied_interp_mode, generate_spatial_bounding_box
+from monai.utils import convert_to_tensor
 
 from latdiff3d import __version__
-from latdiff3d.errors import InputError
+from latdiff3d.datalist import volume_stem
+from latdiff3d.readers import read_header, read_volume
 
 # What every file's header says, so that a synthetic volume is never taken for a patient's; NIfTI allows 79 characters.
 SYNTHETIC = f"SYNTHETIC volume, not a patient's; latdiff3d {__version__}"
@@ -25,9 +27,11 @@ class ModelGrid:
     """A mask on the grid a model was trained on, and the way back.
 
     Attributes:
+        path: of the mask's file.
         mask: (1, D, H, W), of the model's crop size, mapped labels, RAS, padded with background where the volume ends.
     """
 
+    path: str
     mask: MetaTensor
     preprocessing: Compose
     pad: SpatialPad
@@ -37,7 +41,7 @@ class ModelGrid:
         """Return `volume` (C, D, H, W), which lies on `mask`, on the mask file's own grid, 0 outside the crop."""
         operations = convert_applied_interp_mode(self.mask.applied_operations, mode="bilinear")
         placed = MetaTensor(volume, meta=self.mask.meta, applied_operations=operations)
-        placed = self.pad.inverse(self.crop.inverse(placed))
+        placed = self.pad.inverse(self.crop.inverse(placed))  # (C, D', H', W'), the whole mask's, RAS
         return np.asarray(self.preprocessing.inverse({"mask": placed})["mask"], dtype=np.float32)
 
 
@@ -58,7 +62,7 @@ def mask_on_model_grid(path: str | Path, preprocessing: Compose, crop_to: Sequen
     centre = size // 2 if empty else (np.array(start) + np.array(end)) // 2
     first = np.clip(centre - np.array(crop_to) // 2, 0, size - np.array(crop_to))
     crop = SpatialCrop(roi_start=first.tolist(), roi_end=(first + np.array(crop_to)).tolist())
-    return ModelGrid(crop(padded), preprocessing, pad, crop)
+    return ModelGrid(str(path), convert_to_tensor(crop(padded), track_meta=True), preprocessing, pad, crop)
 
 
 def write_synthetic(
@@ -96,19 +100,19 @@ def write_synthetic(
 
 def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Return a mask file's labels (D, H, W) as they are stored, and its affine (4, 4)."""
-    image = nib.load(path)
-    labels = np.asarray(image.dataobj)
-    return (labels.astype(np.uint8) if labels.max() < 256 else labels.astype(np.int16)), image.affine
+    mask = read_volume(str(path))
+    labels = mask[0].numpy()
+    return labels.astype(np.uint8 if labels.max() < 256 else np.int16), np.asarray(mask.affine, dtype=float)
 
 
 def median_spacing_mm(cases: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the median voxel size of the cases' first images, in RAS axis order, in mm; header reads only."""
     spacings = []
     for case in cases:
-        image = nib.load(case["image"][0])
-        order = nib.io_orientation(image.affine)[:, 0].astype(int)
+        affine = read_header(case["image"][0]).affine
+        order = nib.orientations.io_orientation(affine)[:, 0].astype(int)
         spacing = np.empty(3)
-        spacing[order] = nib.affines.voxel_sizes(image.affine)
+        spacing[order] = nib.affines.voxel_sizes(affine)
         spacings.append(spacing)
     return [float(value) for value in np.median(spacings, axis=0)]
 
@@ -122,11 +126,7 @@ def centred_affine(shape: Sequence[int], spacing_mm: Sequence[float]) -> np.ndar
 
 def case_name(mask: str | Path) -> str:
     """Return a mask file's name without its ending and without `_seg`."""
-    name = Path(mask).name
-    for ending in (".nii.gz", ".nii"):
-        if name.endswith(ending):
-            return name.removesuffix(ending).removesuffix("_seg")
-    raise InputError(f"{mask} is no NIfTI file; expected a mask that ends in .nii.gz or .nii.")
+    return volume_stem(str(mask)).removesuffix("_seg")
 
 
 def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, description: str) -> None:

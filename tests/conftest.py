@@ -1,11 +1,22 @@
 """Tiny NIfTI files in the layouts that the readers know, and the real volumes where they are at hand."""
 
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import nibabel
 import numpy as np
 import pytest
 
+import latdiff3d.cli
+from latdiff3d.phantoms import write_phantoms
+
+REPOSITORY = Path(__file__).parents[1]
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 
@@ -46,3 +57,107 @@ def write_brats_case(write_volume):
         return root / name
 
     return write
+
+
+# Runs small enough for a test: volumes of 16³, two levels of 8 channels, two epochs.
+NUM_TRAIN = 4
+TINY_AUTOENCODER = {
+    "crop_to": [16, 16, 16],
+    "autoencoder_def::channels": [8, 8],
+    "autoencoder_def::attention_levels": [False, False],
+    "autoencoder_def::norm_num_groups": 4,
+}
+TINY = {
+    "autoencoder": {
+        **TINY_AUTOENCODER,
+        "discriminator_def::channels": 4,
+        "discriminator_def::num_layers_d": 1,
+        "loss::disc_start": 3,
+        "loss::disc_warmup": 1,
+        "max_epochs": 2,
+        "val_interval": 1,
+    },
+    "diffusion": {
+        **TINY_AUTOENCODER,
+        "denoiser_def::channels": [8, 8],
+        "denoiser_def::attention_levels": [False, False],
+        "denoiser_def::norm_num_groups": 4,
+        "denoiser_def::num_head_channels": 4,
+        "max_epochs": 2,
+        "val_interval": 1,
+        "sampling_steps": 3,
+    },
+}
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_here(*words, program=latdiff3d.cli.main):
+    """Run a command of ours in this process, as `latdiff3d *words` would."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = ["latdiff3d", *(str(word) for word in words)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            program()
+        except SystemExit as exit:
+            code = exit.code or 0
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run_process(*words, cwd=None):
+    """Run a command in a process of its own; a first word that ends in .py, or -m, is Python's."""
+    start = [sys.executable] if str(words[0]).endswith(".py") or words[0] in ("-m", "-c") else []
+    ended = subprocess.run(
+        [*start, *(str(word) for word in words)], cwd=cwd or REPOSITORY, capture_output=True, text=True
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def as_words(settings):
+    """Return settings as `key=value` words."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def train_here(stage, data, logdir, name, *words, **settings):
+    """Train a tiny stage in this process; `settings` come on top of `TINY`."""
+    named = as_words({**TINY[stage], **{key.replace("__", "::"): value for key, value in settings.items()}})
+    return run_here("train", stage, "--data", data, "-l", logdir, "--name", name, *words, *named)
+
+
+def refused(ended):
+    """Return the one line that a refused command leaves on stderr."""
+    assert ended.code == 2, ended
+    [line] = ended.err.strip().split("\n")
+    assert line.startswith("error: ") and "\r" not in line, ended.err
+    return line
+
+
+class TinyRuns(NamedTuple):
+    """A data set and a trained run of both stages on it; not to be written to."""
+
+    data: Path
+    autoencoder: Path
+    diffusion: Path
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory):
+    """Return a folder of tiny phantoms, not to be written to."""
+    return write_phantoms(tmp_path_factory.mktemp("phantoms") / "data", NUM_TRAIN, 2, (16, 16, 16))
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(phantoms, tmp_path_factory):
+    """Return a tiny run of both stages, trained once in this session."""
+    logdir = tmp_path_factory.mktemp("tiny_runs")
+    first = train_here("autoencoder", phantoms, logdir, "first")
+    assert first.code == 0, first.err
+    second = train_here("diffusion", phantoms, logdir, "second", first_stage=str(logdir / "first"))
+    assert second.code == 0, second.err
+    return TinyRuns(phantoms, logdir / "first", logdir / "second")

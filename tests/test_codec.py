@@ -1,0 +1,158 @@
+"""The codec owns the latent space: its statistics, what it normalises, and when it refuses."""
+
+import copy
+
+import pytest
+import torch
+from monai.inferers import LatentDiffusionInferer
+from monai.networks.schedulers import DDPMScheduler
+from torch import nn
+
+from latdiff3d.codec import LatentCodec
+from latdiff3d.errors import InputError
+
+
+class KnownMoments(nn.Module):
+    """Its posterior has the image's two channels, scaled and shifted, as means, and a constant std a channel."""
+
+    scale = torch.tensor([2.0, -0.5])
+    shift = torch.tensor([1.0, 3.0])
+    std = torch.tensor([0.5, 0.1])
+
+    def encode(self, image):
+        mean = image * self.scale.view(1, 2, 1, 1, 1) + self.shift.view(1, 2, 1, 1, 1)
+        return mean, self.std.view(1, 2, 1, 1, 1).expand_as(mean)
+
+    def decode(self, latents):
+        return (latents - self.shift.view(1, 2, 1, 1, 1)) / self.scale.view(1, 2, 1, 1, 1)
+
+
+def batches_of(*sizes):
+    generator = torch.Generator().manual_seed(0)
+    return [{"image": torch.rand((size, 2, 4, 4, 4), generator=generator)} for size in sizes]
+
+
+@pytest.fixture
+def measured():
+    codec = LatentCodec(KnownMoments(), latent_channels=2)
+    codec.measure(batches_of(2, 1))
+    return codec
+
+
+def test_statistics_are_those_of_posterior_draws(measured):
+    image = torch.cat([batch["image"] for batch in batches_of(2, 1)]).double()
+    mean = image.mean(dim=(0, 2, 3, 4)) * KnownMoments.scale + KnownMoments.shift
+    # The variance of the means plus the mean of the variances.
+    variance = image.var(dim=(0, 2, 3, 4), correction=0) * KnownMoments.scale**2 + KnownMoments.std**2
+    assert torch.allclose(measured.latent_mean.double(), mean, atol=1e-6)
+    assert torch.allclose(measured.latent_std.double(), variance.sqrt(), atol=1e-6)
+    assert measured.num_volumes == 3
+
+
+def test_statistics_do_not_depend_on_how_the_volumes_are_batched(measured):
+    again = LatentCodec(KnownMoments(), latent_channels=2)
+    again.measure([{"image": image[None]} for batch in batches_of(2, 1) for image in batch["image"]])
+    assert torch.allclose(again.latent_mean, measured.latent_mean, rtol=1e-6)
+    assert torch.allclose(again.latent_std, measured.latent_std, rtol=1e-6)
+
+
+def test_normalised_latents_have_zero_mean_and_unit_std(measured):
+    mean, std = (
+        torch.cat(parts) for parts in zip(*(measured.encode(b["image"]) for b in batches_of(2, 1)), strict=True)
+    )
+    dims = (0, 2, 3, 4)
+    assert torch.allclose(mean.mean(dims), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(mean.var(dims, correction=0) + (std**2).mean(dims), torch.ones(2), atol=1e-5)
+
+
+def test_an_image_survives_encoding_and_decoding(measured):
+    [image] = [batch["image"] for batch in batches_of(1)]
+    assert torch.allclose(measured.decode(measured.encode(image)[0]), image, atol=1e-5)
+    assert torch.allclose(measured.reconstruct(image), image, atol=1e-5)
+
+
+def test_a_codec_without_statistics_feeds_nothing():
+    codec = LatentCodec(KnownMoments(), latent_channels=2)
+    image = torch.rand(1, 2, 4, 4, 4)
+    for use in (
+        codec.encode,
+        codec.decode,
+        codec.reconstruct,
+        codec.encode_stage_2_inputs,
+        codec.decode_stage_2_outputs,
+    ):
+        with pytest.raises(InputError, match="not been measured"):
+            use(image)
+
+
+def test_nothing_to_measure_is_refused():
+    with pytest.raises(InputError, match="no volumes"):
+        LatentCodec(KnownMoments(), latent_channels=2).measure([])
+
+
+def test_a_channel_that_never_changes_is_refused_and_leaves_the_codec_unmeasured():
+    constant = KnownMoments()
+    constant.std = torch.zeros(2)
+    codec = LatentCodec(constant, latent_channels=2)
+    with pytest.raises(InputError, match="above 0"):
+        codec.measure([{"image": torch.ones(1, 2, 4, 4, 4)}])
+    assert codec.num_volumes == 0
+
+
+def test_statistics_travel_in_the_state_dict(measured):
+    fresh = LatentCodec(KnownMoments(), latent_channels=2)
+    fresh.load_state_dict(copy.deepcopy(measured.state_dict()))
+    image = torch.rand(1, 2, 4, 4, 4)
+    for one, other in zip(fresh.encode(image), measured.encode(image), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_monais_names_agree_with_ours(measured):
+    image = torch.rand(1, 2, 4, 4, 4)
+    mean, std = measured.encode(image)
+    torch.manual_seed(3)
+    draw = measured.encode_stage_2_inputs(image)
+    torch.manual_seed(3)
+    assert torch.equal(draw, mean + std * torch.randn_like(std))
+    assert torch.equal(measured.decode_stage_2_outputs(mean), measured.decode(mean))
+
+
+def test_monais_latent_inferer_sees_normalised_latents_at_scale_factor_1(measured):
+    image = torch.rand(1, 2, 4, 4, 4)
+    seen = []
+
+    def denoiser(x, timesteps, context=None):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    inferer = LatentDiffusionInferer(DDPMScheduler(num_train_timesteps=10), scale_factor=1.0)
+    torch.manual_seed(3)
+    inferer(
+        inputs=image,
+        autoencoder_model=measured,
+        diffusion_model=denoiser,
+        noise=torch.zeros(1, 2, 4, 4, 4),
+        timesteps=torch.zeros(1, dtype=torch.long),
+    )
+    torch.manual_seed(3)
+    draw = measured.encode_stage_2_inputs(image)
+    alpha_bar = inferer.scheduler.alphas_cumprod[0]
+    assert torch.allclose(seen[0], alpha_bar.sqrt() * draw, atol=1e-6)
+
+
+def test_bf16_statistics_come_from_float32_sums():
+    class Convolved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 2, 1)
+
+        def encode(self, image):
+            mean = self.conv(image)
+            assert mean.dtype == torch.bfloat16
+            return mean, torch.ones_like(mean)
+
+    codec = LatentCodec(Convolved(), latent_channels=2, precision="bf16")
+    codec.measure(batches_of(1))
+    mean, std = codec.encode(batches_of(1)[0]["image"])
+    assert mean.dtype == std.dtype == torch.float32
+    assert torch.allclose(mean.mean(dim=(0, 2, 3, 4)), torch.zeros(2), atol=1e-4)

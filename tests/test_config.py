@@ -1,0 +1,297 @@
+"""A bundle, overlays and the command line become one configuration; what is misspelt is refused."""
+
+import re
+
+import pytest
+import yaml
+from conftest import TINY
+
+from latdiff3d import config
+from latdiff3d.errors import InputError, InputExit
+
+STAGES = list(config.STAGE_FILES)
+OVERLAYS = sorted(config.CONFIG_FOLDER.glob("*.yaml"))
+BUNDLE_FILES = sorted(config.DEFAULT_BUNDLE.glob("configs/*.yaml"))
+
+
+@pytest.fixture
+def base():
+    return config.merged(config.bundle_files(config.DEFAULT_BUNDLE, "autoencoder"))
+
+
+@pytest.fixture
+def overlay(tmp_path):
+    """Write an overlay and return its path."""
+
+    def write(text, name="mine.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def workflow(*overlays, stage="autoencoder", **settings):
+    return config.training_workflow(overlays, settings, stage)
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"max_epoch": 3}, "the unknown key max_epoch; did you mean max_epochs?"),
+        ({"autoencoder_def::chanels": [8]}, "autoencoder_def::chanels; did you mean autoencoder_def::channels?"),
+        ({"autoencoder_def": {"chanels": [8]}}, "autoencoder_def::chanels; did you mean autoencoder_def::channels?"),
+        ({"train": {"optimizer": {"lrr": 1}}}, "train::optimizer::lrr; did you mean train::optimizer::lr?"),
+        ({"train::trainer::max_epoch": 3}, "did you mean train::trainer::max_epochs?"),
+        ({"train::handlers::99::title": "x"}, "the unknown key train::handlers::99"),
+        ({"max_epochs::more": 3}, "the unknown key max_epochs::more"),
+        ({"zzzzzz": 3}, "the unknown key zzzzzz; known here: ["),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(base, content, named):
+    with pytest.raises(InputError) as error:
+        config.refuse_unknown_keys(content, base, "mine.yaml")
+    assert str(error.value).startswith("mine.yaml sets the unknown key ")
+    assert named in str(error.value)
+
+
+def test_known_keys_in_every_spelling_pass(base):
+    config.refuse_unknown_keys(
+        {
+            "max_epochs": 3,
+            "loss::disc_start": 3,
+            "loss": {"disc_start": 3},
+            "autoencoder_def": {"channels": [8]},
+            "train::handlers::0::seed": 1,
+            "+train::handlers": [],
+        },
+        base,
+        "mine.yaml",
+    )
+
+
+def test_an_overlays_key_is_refused_before_anything_runs(overlay):
+    with pytest.raises(InputError, match=r"mine\.yaml sets the unknown key crop_too; did you mean crop_to\?"):
+        workflow(overlay("crop_too: [16, 16, 16]\n"))
+
+
+@pytest.mark.parametrize("key", ["loss.disc_strt", "loss::disc_strt"])
+def test_the_command_lines_key_is_refused(key):
+    with pytest.raises(
+        InputError, match=r"the command line sets the unknown key loss::disc_strt; .*loss::disc_start\?"
+    ):
+        workflow(**{key: 3})
+
+
+@pytest.mark.parametrize("key", ["autoencoder_def.channels", "autoencoder_def::channels"])
+def test_dots_and_colons_both_reach_a_leaf(key):
+    parser = workflow(**{key: [8, 8]}).parser
+    assert parser["autoencoder_def"]["channels"] == [8, 8]
+    assert parser["autoencoder_def"]["_target_"] == "AutoencoderKL"
+
+
+# Overlays
+
+
+def test_a_dict_in_an_overlay_changes_its_leaves_and_keeps_its_siblings(overlay):
+    parser = workflow(overlay("loss:\n  disc_start: 7\ntrain:\n  optimizer: {lr: 0.5}\n")).parser
+    assert parser["loss"]["disc_start"] == 7 and parser["loss"]["_target_"] == "latdiff3d.losses.AutoencoderLoss"
+    assert parser["train"]["optimizer"]["lr"] == 0.5
+    assert parser["train"]["optimizer"]["_target_"] == "torch.optim.Adam"
+
+
+def test_later_files_win_and_the_command_line_wins_over_all(overlay):
+    one = overlay("max_epochs: 1\nbatch_size: 1\nseed: 1\n", "one.yaml")
+    two = overlay("max_epochs: 2\nbatch_size: 3\n", "two.yaml")
+    parser = workflow(one, two, max_epochs=5).parser
+    assert (parser["max_epochs"], parser["batch_size"], parser["seed"]) == (5, 3, 1)
+    parser = workflow(two, one).parser
+    assert (parser["max_epochs"], parser["batch_size"]) == (1, 1)
+
+
+def test_the_same_leaf_as_a_dict_and_joined_follows_the_order_too(overlay):
+    one, two = overlay("loss: {disc_start: 1}\n", "one.yaml"), overlay("loss::disc_start: 2\n", "two.yaml")
+    assert workflow(one, two).parser["loss"]["disc_start"] == 2
+    assert workflow(two, one).parser["loss"]["disc_start"] == 1
+
+
+def test_an_empty_overlay_changes_nothing(overlay):
+    assert workflow(overlay("# nothing\n")).parser.get() == workflow().parser.get()
+
+
+# Stages
+
+
+def test_the_stage_comes_from_an_overlay(overlay):
+    assert "discriminator" in workflow(overlay("stage: autoencoder\n"), stage=None).parser
+    assert "denoiser_def" in workflow(config.CONFIG_FOLDER / "diffusion.yaml", stage=None).parser
+
+
+def test_no_stage_is_refused(overlay):
+    with pytest.raises(InputError, match=r"stage is None; expected 'autoencoder' or 'diffusion'"):
+        workflow(overlay("seed: 3\n"), stage=None)
+    with pytest.raises(InputError, match=r"stage is 'autoencodr'"):
+        workflow(overlay("stage: autoencodr\n"), stage=None)
+
+
+def test_two_stages_are_refused(overlay):
+    with pytest.raises(InputError, match=r"of stage 'diffusion'; the command trains 'autoencoder'"):
+        workflow(overlay("stage: diffusion\n"), stage="autoencoder")
+
+
+def test_another_bundle_must_be_one(tmp_path):
+    with pytest.raises(InputError, match=r"there is no .*common\.yaml; expected `bundle` to name a bundle's folder"):
+        workflow(bundle=str(tmp_path))
+
+
+# Files and words that cannot be read
+
+
+def test_a_missing_overlay_is_told():
+    with pytest.raises(InputError, match=r"cannot read the configuration nowhere\.yaml: No such file"):
+        workflow("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1, 2\n", "is not YAML"),
+        ("- 1\n- 2\n", "holds a list; expected `key: value` lines"),
+        ("3\n", "holds a int"),
+    ],
+)
+def test_an_overlay_that_is_no_mapping_is_told_in_one_line(overlay, text, words):
+    with pytest.raises(InputError, match=words) as error:
+        workflow(overlay(text))
+    assert "\n" not in str(error.value)
+
+
+def test_a_binary_overlay_is_told(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(InputError, match=r"x\.yaml is not YAML"):
+        workflow(tmp_path / "x.yaml")
+
+
+def test_settings_are_read_as_yaml():
+    assert config.parse_settings(["a=3", "b=[1, 2]", "c=x=y", "d=", "e::f=1.0e-3"]) == {
+        "a": 3,
+        "b": [1, 2],
+        "c": "x=y",
+        "d": None,
+        "e::f": 0.001,
+    }
+
+
+@pytest.mark.parametrize("word", ["1e-3", "1E-3", "1.0e-3"])
+def test_a_number_with_an_exponent_is_a_number(word):
+    # YAML 1.1, and so PyYAML, reads 1e-3 as text; nobody who types it means text.
+    assert config.parse_settings([f"learning_rate={word}"]) == {"learning_rate": 0.001}
+
+
+@pytest.mark.parametrize("word", ["max_epochs", "=3", ""])
+def test_a_word_that_is_no_setting_is_told(word):
+    with pytest.raises(InputError, match=r"is not a setting; expected key=value"):
+        config.parse_settings([word])
+
+
+def test_a_value_that_is_no_yaml_is_told():
+    with pytest.raises(InputError, match=r"'crop_to=\[1, 2' is not YAML"):
+        config.parse_settings(["crop_to=[1, 2"])
+
+
+# What is in the repository
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.name)
+def test_every_overlay_fits_the_bundle(path):
+    content = config.read_yaml(path)
+    stages = [content.pop("stage")] if "stage" in content else STAGES
+    content.pop("bundle", None)
+    fits = []
+    for stage in stages:
+        base = config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage))
+        config.refuse_unknown_keys(content, base, path.name)
+        fits.append(stage)
+    assert fits == stages
+
+
+def test_there_are_overlays():
+    assert {"autoencoder.yaml", "diffusion.yaml", "hippocampus.yaml"} <= {path.name for path in OVERLAYS}
+
+
+def expressions(node):
+    if isinstance(node, dict):
+        return [e for child in node.values() for e in expressions(child)]
+    if isinstance(node, list):
+        return [e for child in node for e in expressions(child)]
+    return [node] if isinstance(node, str) and node.startswith("$") else []
+
+
+@pytest.mark.parametrize("path", [*BUNDLE_FILES, *OVERLAYS], ids=lambda path: path.name)
+def test_expressions_are_short_and_hold_no_logic(path):
+    for expression in expressions(yaml.safe_load(path.read_text())):
+        assert "lambda" not in expression
+        assert len(expression) <= 80, expression
+
+
+def test_both_ids_start_the_training():
+    for stage in STAGES:
+        merged = config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage))
+        assert merged["run"] == "%training" or merged["run"] == merged["training"]
+        assert isinstance(merged["train"]["handlers"], list)  # MONAI's check_properties iterates over it
+
+
+# MONAI's view
+
+
+def test_monai_finds_every_property_it_requires(phantoms, tiny_runs, tmp_path):
+    for stage in STAGES:
+        settings = {**TINY[stage], "dataset_dir": str(phantoms), "run_dir": str(tmp_path / stage)}
+        if stage == "diffusion":
+            settings["first_stage"] = str(tiny_runs.autoencoder)
+        flow = config.training_workflow([], settings, stage)
+        assert flow.check_properties() == []
+        assert flow.max_epochs == 2 and flow.trainer.state.max_epochs == 2
+        assert len(flow.train_dataset) == 4 and flow.network_def is not None
+        assert flow.evaluator is not None and flow.val_interval == 1
+        assert not (tmp_path / stage).exists()  # looking leaves nothing behind
+
+
+def test_through_monai_too_an_unknown_key_stops_the_run():
+    from monai.bundle import ConfigWorkflow
+
+    files = [str(file) for file in config.bundle_files(config.DEFAULT_BUNDLE, "autoencoder")]
+    flow = ConfigWorkflow(config_file=files, workflow_type="train", bundle_root=str(config.DEFAULT_BUNDLE), max_epoch=3)
+    with pytest.raises(
+        InputExit, match=r"^the configuration sets the unknown key max_epoch; did you mean max_epochs\?$"
+    ):
+        flow.initialize()
+
+
+def test_a_bundle_root_that_is_none_is_told():
+    from monai.bundle import ConfigWorkflow
+
+    files = [str(file) for file in config.bundle_files(config.DEFAULT_BUNDLE, "autoencoder")]
+    flow = ConfigWorkflow(config_file=files, workflow_type="train", bundle_root="elsewhere")
+    with pytest.raises(InputExit, match=r"bundle_root is 'elsewhere'; expected the bundle's folder"):
+        flow.initialize()
+
+
+# Text
+
+
+def test_a_configuration_reads_back_alike(base):
+    assert yaml.safe_load(config.as_yaml(base)) == base
+
+
+def test_the_first_difference_is_named():
+    assert config.first_difference({"a": 1, "b": [2]}, {"a": 1, "b": [2]}) is None
+    assert config.first_difference({"a": 1, "b": [2]}, {"a": 1, "b": [3]}) == "b"
+    assert config.first_difference({"a": 1}, {"a": 1, "c": 0}) == "c"
+
+
+def test_a_parser_is_found_inside_a_workflow_only():
+    with pytest.raises(RuntimeError, match=re.escape("calling_parser() works in an expression")):
+        config.calling_parser()

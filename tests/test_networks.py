@@ -1,0 +1,140 @@
+"""What MONAI's networks are asked and given from outside."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from torch import nn
+
+from latdiff3d.errors import InputError
+from latdiff3d.networks import ExactConv3d, check_crop, downsampling, last_layer, placed
+
+
+def autoencoder(channels=(8, 8)):
+    levels = [False] * len(channels)
+    return AutoencoderKL(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        channels=channels,
+        num_res_blocks=1,
+        norm_num_groups=4,
+        attention_levels=levels,
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+    )
+
+
+def unet(channels=(8, 8)):
+    return DiffusionModelUNet(
+        spatial_dims=3,
+        in_channels=2,
+        out_channels=2,
+        channels=channels,
+        num_res_blocks=1,
+        norm_num_groups=4,
+        attention_levels=[False] * len(channels),
+    )
+
+
+@pytest.mark.parametrize(("channels", "factor"), [((8,), 1), ((8, 8), 2), ((8, 8, 8), 4)])
+def test_downsampling_is_what_the_networks_do(channels, factor):
+    network = autoencoder(channels)
+    assert downsampling(network) == downsampling(unet(channels)) == factor
+    assert network.encode(torch.zeros(1, 1, 8, 8, 8))[0].shape[2:] == (8 // factor,) * 3
+
+
+def test_another_network_has_no_known_downsampling():
+    with pytest.raises(TypeError, match="Conv3d"):
+        downsampling(nn.Conv3d(1, 1, 1))
+
+
+# check_crop
+
+
+def test_a_crop_that_divides_is_accepted():
+    check_crop([16, 8, 24], [autoencoder((8, 8, 8)), unet((8, 8))])
+    check_crop([4, 4, 12], [autoencoder((8, 8, 8))])
+
+
+def test_a_crop_that_does_not_divide_is_told_the_nearest_that_does():
+    with pytest.raises(InputError) as error:
+        check_crop([20, 16, 31], [autoencoder((8, 8, 8)), unet((8, 8))])
+    assert str(error.value) == (
+        "crop_to [20, 16, 31] is not divisible by 8 (the autoencoder's 4 × the U-Net's 2); "
+        "the nearest that is: [24, 16, 32]."
+    )
+
+
+def test_the_nearest_crop_runs_through_both_networks_and_the_refused_one_does_not():
+    first, second = autoencoder((8, 8)).eval(), unet((8, 8)).eval()
+
+    def run(crop):
+        with torch.no_grad():
+            second(first.encode(torch.zeros(1, 1, *crop))[0], torch.zeros(1, dtype=torch.long))
+
+    run([12, 8, 12])
+    with pytest.raises(RuntimeError):
+        run([10, 8, 10])
+
+
+@pytest.mark.parametrize("crop", [[16, 16], [16, 16, 0], [16, 16, -8], [16.5, 16, 16], [16, 16, 16, 16]])
+def test_a_crop_that_is_no_size_is_refused(crop):
+    with pytest.raises(InputError, match="three whole numbers"):
+        check_crop(crop, [autoencoder()])
+
+
+def test_the_last_layer_is_the_one_that_writes_the_image():
+    assert last_layer(autoencoder()).shape[:2] == (1, 8)
+
+
+# ExactConv3d
+
+
+def placed_conv():
+    torch.manual_seed(0)
+    return placed(nn.Sequential(nn.Conv3d(64, 64, 3, padding=1)), torch.device("cpu"))
+
+
+def weight_gradient(network, x, autocast):
+    network.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = network(x)
+    out.float().square().sum().backward()
+    return network[0].weight.grad.clone()
+
+
+def test_the_weight_gradient_at_2x2x2_under_autocast_is_that_of_float32():
+    network = placed_conv()
+    for trial in range(8):
+        x = torch.randn((2, 64, 2, 2, 2), generator=torch.Generator().manual_seed(trial))
+        assert torch.equal(weight_gradient(network, x, True), weight_gradient(network, x, False))
+
+
+def test_an_input_as_thick_as_the_kernel_stays_in_bfloat16():
+    network = placed_conv()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(torch.zeros(1, 64, 4, 4, 4)).dtype == torch.bfloat16
+
+
+def test_placing_keeps_the_weights_and_their_names():
+    plain = autoencoder()
+    before = copy.deepcopy(plain.state_dict())
+    after = placed(plain, torch.device("cpu")).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert all(type(module) is ExactConv3d for module in plain.modules() if isinstance(module, nn.Conv3d))
+
+
+def test_a_placed_network_survives_deepcopy():
+    network = placed(autoencoder(), torch.device("cpu")).eval()
+    twin = copy.deepcopy(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        x = torch.rand(1, 1, 8, 8, 8)
+        assert torch.equal(twin.encode(x)[0], network.encode(x)[0])
+    assert all(type(module) is ExactConv3d for module in twin.modules() if isinstance(module, nn.Conv3d))
+    assert downsampling(twin) == 2
