@@ -24,10 +24,10 @@ LABEL_NAMES = {1: "necrotic core", 2: "oedema", 3: "enhancing rim"}
 # Small enough to train on in minutes, large enough to show a brain: 144 × 173 × 144 mm.
 PHANTOM_SHAPE, PHANTOM_SPACING_MM = (40, 48, 40), 3.6
 # About 4 minutes of training for each stage on 2 cores.
-STEPS = {"autoencoder": 600, "diffusion": 500}
-BATCH_SIZE = {"autoencoder": 2, "diffusion": 4}
+STEPS = {"autoencoder": 1150, "diffusion": 1200}
+BATCH_SIZE = {"autoencoder": 1, "diffusion": 4}
 # The discriminator joins for the rest.
-DISC_START = 0.75
+DISC_START = 0.9
 LARGEST_CROP = 64
 # Voxels above this, in any channel of a volume in [0, 1], are brain.
 AIR_BELOW = 0.03
@@ -80,7 +80,7 @@ def settings_for(data: Path) -> dict[str, Any]:
     shape = np.median([row.shapes[0][:3] for row in survey], axis=0)
     return {
         "modalities": list(datalist.BRATS_MODALITIES) if layout == "brats" else [f"c{k}" for k in range(num_channels)],
-        "labels": sorted({0}.union(*(row.labels for row in survey))),
+        "labels": sorted({0}.union(*(map(int, row.labels) for row in survey))),
         "crop_to": [int(min(LARGEST_CROP, 8 * math.ceil(size / 8))) for size in shape],
         "layout": layout,
     }
@@ -108,7 +108,7 @@ def _train(stage: str, data: Path, logdir: Path, overlays: Sequence[Path], setti
         **settings,
     }
     if stage == "autoencoder":
-        named["loss::disc_start"] = int(DISC_START * STEPS[stage])
+        named |= {"loss::disc_start": int(DISC_START * STEPS[stage]), "learning_rate": 1.5e-3}
     else:
         named["first_stage"] = str(logdir / "autoencoder")
     runs.start([OVERLAY, *overlays], [], named, stage)

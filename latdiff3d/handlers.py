@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.handlers import EMAHandler
-from ignite.handlers.param_scheduler import BaseParamScheduler
 from monai.data import DataLoader
 from monai.data.utils import set_rnd
 from monai.engines.workflow import Workflow
@@ -61,7 +60,7 @@ class EMA(EMAHandler):
         engine.add_event_handler(Events.STARTED, self._catch_up)
 
     def _catch_up(self, engine: Engine) -> None:
-        if isinstance(self.momentum_scheduler, BaseParamScheduler):
+        if self._momentum_lambda_obj is not None and self.momentum_scheduler is not None:
             self.momentum_scheduler.event_index = engine.state.iteration
 
 

@@ -59,6 +59,12 @@ def write_brats_case(write_volume):
     return write
 
 
+def truncate(path, keep=0.5):
+    """Cut a file to a share of its bytes."""
+    with open(path, "rb+") as file:
+        file.truncate(int(len(file.read()) * keep))
+
+
 # Runs small enough for a test: volumes of 16³, two levels of 8 channels, two epochs.
 NUM_TRAIN = 4
 TINY_AUTOENCODER = {

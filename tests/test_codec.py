@@ -85,6 +85,11 @@ def test_a_codec_without_statistics_feeds_nothing():
             use(image)
 
 
+def test_an_unknown_precision_is_refused_before_any_work():
+    with pytest.raises(InputError, match="precision is 'fp16'; expected 'bf16' or 'fp32'"):
+        LatentCodec(KnownMoments(), latent_channels=2, precision="fp16")
+
+
 def test_nothing_to_measure_is_refused():
     with pytest.raises(InputError, match="no volumes"):
         LatentCodec(KnownMoments(), latent_channels=2).measure([])

@@ -92,6 +92,64 @@ def test_dots_and_colons_both_reach_a_leaf(key):
     assert parser["autoencoder_def"]["_target_"] == "AutoencoderKL"
 
 
+# Plain settings
+
+BAD_SETTINGS = {
+    "batch_size": [0, -1, 2.5, True, "two", None, [2]],
+    "max_epochs": [0, "many"],
+    "val_interval": [0, 1.5],
+    "latent_crops": [-1, None],
+    "num_workers": [-1, "4"],
+    "seed": [-1, 0.5, "x"],
+    "learning_rate": [0, -1e-3, "fast", None],
+    "first_stage": [3, None],
+    "modalities": [[], "t1", [1], None],
+    "labels": [[], [1, 2, 4], 3, [0, 0.5], "0,1,2"],
+    "intensity_percentiles": [99, [99], [0, "max"]],
+    "spacing": [2, [1, 1], [1, 1, 0], [1, 1, "x"], "1,1,1"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD_SETTINGS.items() for value in values], ids=str
+)
+def test_a_bad_plain_setting_is_told_with_what_is_expected(key, value):
+    with pytest.raises(InputError) as error:
+        config.check_settings({key: value})
+    assert str(error.value) == f"{key} is {value!r}; expected {config.EXPECTED[key][1]}."
+
+
+def test_every_expectation_is_tested_and_is_a_key_of_the_bundle():
+    assert set(BAD_SETTINGS) == set(config.EXPECTED)
+    keys = {key for stage in STAGES for key in config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage))}
+    assert set(config.EXPECTED) <= keys
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"batch_size": 1, "seed": 0, "learning_rate": 1, "latent_crops": 0, "num_workers": 0, "first_stage": ""},
+        {"spacing": None},
+        {"spacing": [1, 1.5, 3], "labels": [0], "modalities": ["t1"], "intensity_percentiles": [0.5, 99.5]},
+        {"max_epochs": 3, "val_interval": 3},
+        {"batch_size": "@train::size", "max_epochs": "$2 * 3", "val_interval": "%other.yaml::val_interval"},
+    ],
+)
+def test_good_settings_and_expressions_pass(settings):
+    config.check_settings(settings)
+
+
+def test_a_validation_that_would_never_happen_is_told():
+    with pytest.raises(InputError, match="val_interval 4 is above max_epochs 3; expected a validation before the end"):
+        config.check_settings({"max_epochs": 3, "val_interval": 4})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_bundles_own_settings_pass(stage):
+    config.check_settings(config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage)))
+
+
 # Overlays
 
 
@@ -103,7 +161,7 @@ def test_a_dict_in_an_overlay_changes_its_leaves_and_keeps_its_siblings(overlay)
 
 
 def test_later_files_win_and_the_command_line_wins_over_all(overlay):
-    one = overlay("max_epochs: 1\nbatch_size: 1\nseed: 1\n", "one.yaml")
+    one = overlay("max_epochs: 1\nval_interval: 1\nbatch_size: 1\nseed: 1\n", "one.yaml")
     two = overlay("max_epochs: 2\nbatch_size: 3\n", "two.yaml")
     parser = workflow(one, two, max_epochs=5).parser
     assert (parser["max_epochs"], parser["batch_size"], parser["seed"]) == (5, 3, 1)
@@ -190,6 +248,23 @@ def test_a_number_with_an_exponent_is_a_number(word):
     assert config.parse_settings([f"learning_rate={word}"]) == {"learning_rate": 0.001}
 
 
+def test_a_number_with_an_exponent_is_one_in_a_file_and_on_the_command_line(overlay):
+    words = config.parse_settings(["learning_rate=1e-3"])
+    parser = workflow(overlay("disc_learning_rate: 2e-4\nloss: {kl_weight: 1e-6}\n"), **words).parser
+    found = (parser["learning_rate"], parser["disc_learning_rate"], parser["loss"]["kl_weight"])
+    assert found == (1e-3, 2e-4, 1e-6) and all(isinstance(number, float) for number in found)
+    # What the run keeps is read back by any YAML, the checkpoint's reader among them.
+    assert yaml.safe_load(config.as_yaml({"learning_rate": found[0], "tiny": 1e-30})) == {
+        "learning_rate": 1e-3,
+        "tiny": 1e-30,
+    }
+
+
+@pytest.mark.parametrize("text", ["case_1e3", "1e", "e3", "t1-e3"])
+def test_what_only_looks_like_an_exponent_stays_text(text):
+    assert config.parse_settings([f"name={text}"]) == {"name": text}
+
+
 @pytest.mark.parametrize("word", ["max_epochs", "=3", ""])
 def test_a_word_that_is_no_setting_is_told(word):
     with pytest.raises(InputError, match=r"is not a setting; expected key=value"):
@@ -240,7 +315,10 @@ def test_both_ids_start_the_training():
     for stage in STAGES:
         merged = config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage))
         assert merged["run"] == "%training" or merged["run"] == merged["training"]
-        assert isinstance(merged["train"]["handlers"], list)  # MONAI's check_properties iterates over it
+        # MONAI's check_properties looks into each handler for its `_target_`, and holds transforms against references.
+        assert all(isinstance(handler, dict) and "_target_" in handler for handler in merged["train"]["handlers"])
+        data_sets = [merged[split].get("images", merged[split]["dataset"]) for split in ("train", "validate")]
+        assert [one["transform"] for one in data_sets] == ["@train::preprocessing", "@validate::preprocessing"]
 
 
 # MONAI's view

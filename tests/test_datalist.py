@@ -226,25 +226,30 @@ def test_a_stem_drops_the_whole_suffix_and_nothing_else():
 # Splits
 
 
-def test_adding_cases_moves_no_other():
+def test_a_folder_of_lists_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere does not exist; expected the folder of train\.list and val\.list"):
+        split_cases(named("a", "b"), tmp_path / "nowhere")
+
+
+def test_adding_cases_moves_no_other(tmp_path):
     few = named(*(f"case_{i:03d}" for i in range(0, 60, 2)))
     many = named(*(f"case_{i:03d}" for i in range(60)))
-    before, after = (names_of(split_cases(cases, "nowhere", 0.3, 0.2)) for cases in (few, many))
+    before, after = (names_of(split_cases(cases, tmp_path, 0.3, 0.2)) for cases in (few, many))
     for split in ("train", "val", "test"):
         assert before[split] and set(before[split]) <= set(after[split])
 
 
-def test_the_hash_split_is_fixed_and_its_seed_matters():
+def test_the_hash_split_is_fixed_and_its_seed_matters(tmp_path):
     cases = named(*(f"case_{i:03d}" for i in range(20)))
-    splits = names_of(split_cases(cases, "nowhere"))
+    splits = names_of(split_cases(cases, tmp_path))
     # sha256 of "0:case_…", first 64 bits below 0.2: computed apart.
     assert splits["val"] == ["case_000", "case_011", "case_012"]
-    assert names_of(split_cases(cases, "nowhere", seed=1)) != splits
+    assert names_of(split_cases(cases, tmp_path, seed=1)) != splits
 
 
-def test_scans_of_one_patient_stay_together():
+def test_scans_of_one_patient_stay_together(tmp_path):
     cases = [{"case": f"p{i // 3}_{i % 3}", "patient": f"p{i // 3}", "image": []} for i in range(60)]
-    splits = split_cases(cases, "nowhere", 0.3, 0.3)
+    splits = split_cases(cases, tmp_path, 0.3, 0.3)
     patients = [{case["patient"] for case in splits[split]} for split in ("train", "val", "test")]
     assert sum(map(len, patients)) == 20 == len(set.union(*patients))
 
@@ -277,16 +282,16 @@ def test_a_patient_in_two_lists_is_refused(tmp_path):
         split_cases(cases, tmp_path)
 
 
-def test_a_datalists_own_sections_decide():
+def test_a_datalists_own_sections_decide(tmp_path):
     cases = named("a", section="train") + named("b", section="val") + named("c", section="test")
-    splits = split_cases(cases, "nowhere")
+    splits = split_cases(cases, tmp_path)
     assert names_of(splits) == {"train": ["a"], "val": ["b"], "test": ["c"]}
     assert "section" not in splits["train"][0]
 
 
-def test_a_datalists_own_test_section_is_never_trained_on():
+def test_a_datalists_own_test_section_is_never_trained_on(tmp_path):
     cases = named(*(f"case_{i}" for i in range(30)), section="train") + named("held_out", section="test")
-    splits = names_of(split_cases(cases, "nowhere"))
+    splits = names_of(split_cases(cases, tmp_path))
     assert splits["test"] == ["held_out"] and splits["val"]
 
 

@@ -8,11 +8,11 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 
 from latdiff3d.errors import InputError
 from latdiff3d.objectives import Epsilon
-from latdiff3d.samplers import CLEAN, ddim, time_pairs
+from latdiff3d.samplers import CLEAN, alphas_cumprod, ddim, time_pairs
 
 DATA_STD = 0.05
 SCHEDULE = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
-ALPHAS_CUMPROD = DDPMScheduler(1000, clip_sample=False, **SCHEDULE).alphas_cumprod
+ALPHAS_CUMPROD = alphas_cumprod(DDPMScheduler(1000, clip_sample=False, **SCHEDULE))
 
 
 def exact_epsilon(z, t):
@@ -27,6 +27,13 @@ def split(z, t):
 
 def noise():
     return torch.randn((4000, 1, 1, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_the_schedules_signal_falls_from_nearly_all_to_nearly_none():
+    assert ALPHAS_CUMPROD.shape == (1000,)
+    assert (ALPHAS_CUMPROD.diff() < 0).all()
+    assert ALPHAS_CUMPROD[0].item() == pytest.approx(1 - SCHEDULE["beta_start"], abs=1e-6)
+    assert ALPHAS_CUMPROD[-1] < 1e-3
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(5, 0.026), (10, 0.027), (25, 0.030)])
@@ -69,7 +76,8 @@ def test_ddim_with_a_perfect_denoiser_of_one_point_returns_it():
         alpha_bar = ALPHAS_CUMPROD[t].to(z)
         return point, (z - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
 
-    assert torch.allclose(ddim(split_towards_it, noise()[:1], time_pairs(7, 1000), ALPHAS_CUMPROD), point)
+    z = ddim(split_towards_it, noise()[:1], time_pairs(7, 1000), alpha_bars=ALPHAS_CUMPROD)
+    assert torch.allclose(z, point)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 50, 999, 1000])

@@ -3,16 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, Orientationd, SpatialPadd
 
+from latdiff3d import config
 from latdiff3d.datalist import read_cases
 from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.transforms import (
     CheckVolumed,
     CoarseMaskd,
+    ForegroundCropd,
     LoadVolumed,
     MarkValidd,
+    RandForegroundCropd,
     ScaleForegroundd,
     check_divisible,
     foreground_range,
@@ -212,6 +216,173 @@ def test_an_image_without_contrast_is_refused_by_name():
 def test_percentiles_out_of_order_are_refused():
     with pytest.raises(InputError, match="lower 99 and upper 1 are no percentiles"):
         ScaleForegroundd("image", lower=99, upper=1)
+
+
+# ForegroundCropd, RandForegroundCropd
+
+SIZE = (20, 22, 24)
+KEYS = ("image", "mask", "valid")
+BOTH_CROPS = pytest.mark.parametrize("kind", [ForegroundCropd, RandForegroundCropd])
+
+
+def box(*sides, size=SIZE):
+    """Return an image of two channels, above 0 inside the box only, a mask that numbers the voxels, and `valid`."""
+    image = torch.zeros((2, *size))
+    image[0][tuple(slice(*side) for side in sides)] = 0.5
+    # One corner of the box is above 0 in the other channel only: foreground is what is above 0 in any.
+    corner = tuple(side[1] - 1 for side in sides)
+    image[0][corner], image[1][corner] = 0, 0.5
+    places = torch.arange(image[0].numel(), dtype=torch.float32).reshape(1, *size)
+    affine = torch.from_numpy(AFFINE)
+    return {key: MetaTensor(value, affine=affine) for key, value in zip(KEYS, (image, places, places + 1), strict=True)}
+
+
+def start_of(data, size=SIZE):
+    """Return where the window began, by the number of its first voxel."""
+    return tuple(int(place) for place in np.unravel_index(int(data["mask"][0, 0, 0, 0]), size))
+
+
+def draws(data, roi, seed=0, count=20, kind=RandForegroundCropd):
+    crop = kind(KEYS, "image", roi)
+    if kind is RandForegroundCropd:
+        crop.set_random_state(seed)
+    return [crop(data) for _ in range(count)]
+
+
+@BOTH_CROPS
+def test_the_window_holds_all_of_a_foreground_smaller_than_it(kind):
+    data = box((5, 9), (8, 14), (10, 13))
+    for cut in draws(data, (12, 12, 12), kind=kind):
+        assert cut["image"].shape == (2, 12, 12, 12)
+        assert (cut["image"] > 0).sum() == 4 * 6 * 3
+
+
+@BOTH_CROPS
+def test_the_window_lies_inside_a_foreground_larger_than_it(kind):
+    data = box((1, 19), (2, 22), (0, 23))
+    for cut in draws(data, (8, 8, 16), kind=kind):
+        assert (cut["image"] > 0).any(0).all()
+
+
+@BOTH_CROPS
+def test_each_axis_is_held_or_filled_by_itself(kind):
+    data = box((2, 18), (9, 12), (4, 12))  # larger than, smaller than and as large as the window
+    for cut in draws(data, (8, 8, 8), kind=kind):
+        foreground = (cut["image"] > 0).any(0)
+        assert foreground.any(2).any(1).all() and foreground.sum() == 8 * 3 * 8
+        assert start_of(cut)[2] == 4
+
+
+def test_random_windows_differ_between_draws_and_are_the_same_from_the_same_seed():
+    data = box((5, 9), (1, 21), (10, 13))
+    one, again, other = ([start_of(cut) for cut in draws(data, (8, 8, 8), seed)] for seed in (3, 3, 4))
+    assert one == again != other
+    assert all(len({start[axis] for start in one}) > 2 for axis in range(3))
+
+
+def test_random_windows_reach_both_ends_of_their_range():
+    starts = np.array([start_of(cut) for cut in draws(box((6, 10), (2, 20), (8, 16)), (8, 8, 8), count=200)])
+    assert starts.min(0).tolist() == [2, 2, 8] and starts.max(0).tolist() == [6, 12, 8]
+
+
+@BOTH_CROPS
+def test_image_mask_and_valid_are_cut_alike(kind):
+    data = box((5, 9), (1, 21), (10, 13))
+    for cut in draws(data, (8, 8, 8), kind=kind, count=5):
+        assert torch.equal(cut["mask"] + 1, cut["valid"])
+        where = tuple(slice(first, first + 8) for first in start_of(cut))
+        for key in KEYS:
+            assert torch.equal(cut[key].as_tensor(), data[key].as_tensor()[(slice(None), *where)])
+            assert torch.equal(cut[key].affine, cut["image"].affine)
+        moved = cut["image"].affine[:3, 3]
+        assert np.allclose(moved, (AFFINE @ np.array([*start_of(cut), 1]))[:3])
+
+
+@BOTH_CROPS
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_foreground_in_a_corner_is_cut_inside_the_volume(kind, at_the_end):
+    sides = [(size - 3, size) if at_the_end else (0, 3) for size in SIZE]
+    for cut in draws(box(*sides), (12, 12, 12), kind=kind):
+        assert (cut["image"] > 0).sum() == 27
+        assert start_of(cut) == (tuple(size - 12 for size in SIZE) if at_the_end else (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("side", "length", "start"),
+    [((8, 12), 8, 6), ((2, 18), 8, 6), ((0, 4), 16, 0), ((3, 7), 16, 0), ((13, 17), 16, 4), ((7, 11), 16, 1)],
+)
+def test_the_middle_window_is_moved_from_the_foregrounds_middle_by_the_volumes_end_alone(side, length, start):
+    data = box(side, (8, 12), (8, 12), size=(20, 20, 20))
+    cut = ForegroundCropd(KEYS, "image", (length, 8, 8))(data)
+    assert start_of(cut, (20, 20, 20)) == (start, 6, 6)
+
+
+@BOTH_CROPS
+def test_a_window_as_large_as_the_volume_is_the_volume(kind):
+    data = box((5, 9), (1, 21), (10, 13))
+    assert torch.equal(draws(data, SIZE, count=1, kind=kind)[0]["image"], data["image"])
+
+
+@BOTH_CROPS
+def test_a_volume_smaller_than_the_window_must_be_padded_first(kind):
+    with pytest.raises(ValueError, match=r"the volume is \[20, 22, 24\]; pad it to at least \[16, 23, 24\] first"):
+        kind(KEYS, "image", (16, 23, 24))(box((5, 9), (1, 21), (10, 13)))
+
+
+@BOTH_CROPS
+def test_a_case_without_a_mask_is_cut_where_allowed(kind):
+    data = {"image": box((5, 9), (1, 21), (10, 13))["image"]}
+    assert kind(KEYS, "image", (8, 8, 8), allow_missing_keys=True)(data)["image"].shape == (2, 8, 8, 8)
+    with pytest.raises(KeyError, match="mask"):
+        kind(KEYS, "image", (8, 8, 8))(data)
+
+
+# The bundle's own chain
+
+
+def chain(stage, split, **settings):
+    """Return the transforms of the bundle's training or validation set."""
+    parser = ConfigParser(config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage)))
+    for key, value in settings.items():
+        parser[key] = value
+    return parser.get_parsed_content(f"{split}::preprocessing")
+
+
+EVERY_SET = pytest.mark.parametrize(
+    ("stage", "split"), [(stage, split) for stage in config.STAGE_FILES for split in ("train", "validate")]
+)
+
+
+@EVERY_SET
+def test_a_brain_smaller_than_the_crop_keeps_its_real_surroundings(tmp_path, write_brats_case, stage, split):
+    # The brain fills its bounding box: cropped to it first, padding by the edge would smear it over the crop.
+    voxels = np.zeros((20, 20, 20), np.float32)
+    voxels[6:14, 5:15, 6:14] = np.random.default_rng(0).uniform(100, 200, (8, 10, 8))
+    mask = np.zeros((20, 20, 20), np.uint8)
+    mask[8:12, 8:12, 8:12] = 1
+    write_brats_case(tmp_path, "case_1", flair=voxels, t1=voxels, t1ce=voxels, t2=voxels, seg=mask)
+    transform = chain(stage, split, crop_to=[16, 16, 16])
+    [case] = read_cases(tmp_path)
+    for _ in range(5):
+        data = transform(case)
+        assert all(data[key].shape[1:] == (16, 16, 16) for key in KEYS)
+        assert (data["image"] > 0).any(0).sum() == pytest.approx(8 * 10 * 8, abs=1)  # its darkest voxel is mapped to 0
+        assert (data["mask"] > 0).sum() == 64
+        assert data["valid"].all()
+
+
+@EVERY_SET
+def test_where_a_volume_ends_its_edge_is_repeated_and_not_valid(tmp_path, write_brats_case, stage, split):
+    voxels = np.random.default_rng(0).uniform(100, 200, (12, 16, 16)).astype(np.float32)
+    mask = np.ones((12, 16, 16), np.uint8)
+    write_brats_case(tmp_path, "case_1", flair=voxels, t1=voxels, t1ce=voxels, t2=voxels, seg=mask)
+    [case] = read_cases(tmp_path)
+    data = chain(stage, split, crop_to=[16, 16, 16])(case)
+    assert data["valid"].sum() == (data["mask"] > 0).sum() == 12 * 16 * 16
+    assert data["valid"][0, 2:14].all() and data["mask"][0, 2:14].all()
+    image = data["image"].as_tensor()
+    for place, edge in ((0, 2), (1, 2), (14, 13), (15, 13)):
+        assert torch.equal(image[:, place], image[:, edge])
 
 
 # MarkValidd, CoarseMaskd, check_divisible

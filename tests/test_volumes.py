@@ -243,15 +243,23 @@ def test_too_few_names_for_the_channels_are_no_silent_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "name"), [("a/x_seg.nii.gz", "x"), ("x.nii", "x"), ("x_seg_seg.nii", "x_seg"), ("x.y.nii.gz", "x.y")]
+    ("file", "name"),
+    [
+        ("a/x_seg.nii.gz", "x"),
+        ("x.nii", "x"),
+        ("x_seg_seg.nii", "x_seg"),
+        ("x.y.nii.gz", "x.y"),
+        ("x_seg.mha", "x"),
+    ],
 )
 def test_a_case_is_named_after_its_mask(file, name):
     assert case_name(file) == name
 
 
-def test_a_mask_of_another_format_is_refused():
-    with pytest.raises(InputError, match=r"x\.png is no NIfTI file"):
-        case_name("x.png")
+def test_a_mask_of_another_format_is_refused(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"x\.png is no volume that can be read; expected \.nii\.gz, \.nii, \.mha"):
+        read_mask(tmp_path / "x.png")
 
 
 def test_the_median_spacing_is_in_ras_order(tmp_path):

@@ -1,0 +1,66 @@
+"""What a run shows and keeps: the moving average, and what the bundle's handlers rest on."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from latdiff3d.handlers import EMA, TensorBoard, existing
+
+EPOCH_LENGTH, WARM_UP = 4, 7
+
+
+def averaging():
+    """Return an engine whose step adds 1 to a weight, its average, and the momenta it goes through."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0)
+
+    def step(engine, batch):
+        model.weight.data += 1
+
+    engine, momenta = Engine(step), []
+    ema = EMA(model, momentum=0.01, momentum_warmup=0.5, warmup_iters=WARM_UP)
+    ema.attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: momenta.append(engine.state.ema_momentum))
+    return engine, model, ema, momenta
+
+
+def test_the_averages_warm_up_goes_on_after_a_resume():
+    engine, _, whole, momenta = averaging()
+    engine.run(range(EPOCH_LENGTH), max_epochs=3)
+    assert momenta[0] == 0.5 and momenta[WARM_UP - 1 :] == pytest.approx([0.01] * 6)
+    assert all(one > other for one, other in pairwise(momenta[:WARM_UP]))
+
+    engine, model, ema, first = averaging()
+    engine.run(range(EPOCH_LENGTH), max_epochs=1)
+    again, resumed_model, resumed, rest = averaging()
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.ema_model.load_state_dict(ema.ema_model.state_dict())
+    again.load_state_dict({"iteration": EPOCH_LENGTH, "max_epochs": 3, "epoch_length": EPOCH_LENGTH})
+    again.run(range(EPOCH_LENGTH))
+    assert first + rest == momenta
+    assert torch.equal(resumed.ema_model.weight, whole.ema_model.weight)
+
+
+def test_an_average_without_warm_up_has_one_momentum():
+    model = torch.nn.Linear(1, 1)
+    engine = Engine(lambda engine, batch: None)
+    EMA(model, momentum=0.25).attach(engine)
+    engine.run(range(EPOCH_LENGTH))
+    assert engine.state.ema_momentum == 0.25
+
+
+def test_an_existing_handler_is_itself():
+    handler = object()
+    assert existing(handler) is handler
+
+
+def test_tensorboards_folder_appears_when_training_starts(tmp_path):
+    trainer, evaluator = Engine(lambda engine, batch: {"l1": 0.5}), Engine(lambda engine, batch: None)
+    tensorboard = TensorBoard(str(tmp_path / "tensorboard"), evaluator)
+    tensorboard.attach(trainer)
+    assert not (tmp_path / "tensorboard").exists()
+    trainer.run(range(2))
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert tensorboard.writer is not None

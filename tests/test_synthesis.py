@@ -1,0 +1,99 @@
+"""Masks in, volumes out: what a loaded model says of itself, and where its samples lie."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from latdiff3d.errors import InputError, root_input_error
+from latdiff3d.synthesis import Model, cases_of_split, masks_at, sample_to_folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_runs):
+    return Model.load(tiny_runs.diffusion)
+
+
+@pytest.fixture(scope="module")
+def mask(phantoms):
+    return phantoms / "phantom_0004" / "phantom_0004_seg.nii.gz"
+
+
+def test_a_loaded_model_knows_what_it_was_trained_on(model, tiny_runs):
+    assert model.path == tiny_runs.diffusion / "checkpoints" / "best.pt"
+    assert model.crop_to == [16, 16, 16] and model.modalities == ["flair", "t1", "t1ce", "t2"]
+    assert model.spacing_mm == pytest.approx([3, 3, 3], abs=1e-5)
+    assert model.is_conditional and model.synthesizer.num_steps == len(model.synthesizer.times) == 3
+
+
+def test_the_steps_are_checked_when_the_model_is_loaded(tiny_runs):
+    assert len(Model.load(tiny_runs.diffusion, num_steps=7).synthesizer.times) == 7
+    with pytest.raises(InputError, match="steps is 0; expected 1 to 1000"):
+        Model.load(tiny_runs.diffusion, num_steps=0)
+
+
+def test_a_sample_is_a_volume_on_its_masks_grid(model, mask):
+    sample = model.sample(mask, seed=3)
+    assert sample.volume.shape == (4, 16, 16, 16) and sample.volume.device.type == "cpu"
+    assert sample.volume.min() >= 0 and sample.volume.max() <= 1
+    assert nib.aff2axcodes(sample.affine) == ("R", "A", "S")
+    volume, affine = sample.on_mask_grid()
+    assert volume.shape == (4, *nib.load(mask).shape)
+    assert np.allclose(affine, nib.load(mask).affine, atol=1e-5)
+    assert np.allclose(np.sort(volume.ravel()), np.sort(sample.volume.numpy().ravel()))  # the phantoms fill the crop
+
+
+def test_a_sample_depends_on_seed_and_mask_alone(model, mask):
+    one = model.sample(mask, seed=3).volume
+    torch.manual_seed(99)
+    assert torch.equal(model.sample(mask, seed=3).volume, one)
+    assert not torch.equal(model.sample(mask, seed=4).volume, one)
+
+
+def test_a_conditional_model_needs_a_mask(model):
+    for use in (model.grid_of, lambda mask: model.sample(mask, 0)):
+        with pytest.raises(InputError, match=r"best\.pt is conditioned on masks; give --mask FILE_OR_FOLDER"):
+            use(None)
+
+
+def test_each_case_is_yielded_when_it_is_written(model, mask, tmp_path):
+    shutil.copy(mask, tmp_path / "a_seg.nii.gz")
+    made = sample_to_folder(model, [tmp_path / "a_seg.nii.gz", mask], tmp_path / "out", seed=3)
+    name, sample, files = next(made)
+    assert name == "a" and [file.name for file in files] == [f"a_{m}.nii.gz" for m in model.modalities]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]  # the second is yet to be made
+    written = np.stack([nib.load(file).get_fdata(dtype=np.float32) for file in files])
+    assert np.array_equal(written, sample.on_mask_grid()[0])
+    assert [name for name, _, _ in made] == ["phantom_0004"]
+
+
+def test_every_mask_is_looked_at_before_the_first_volume_is_made(model, mask, tmp_path, monkeypatch):
+    bad = nib.load(mask)
+    voxels = np.asarray(bad.dataobj).copy()
+    voxels[0, 0, 0] = 7
+    nib.save(nib.Nifti1Image(voxels, bad.affine), tmp_path / "bad_seg.nii.gz")
+    monkeypatch.setattr(Model, "sample", lambda *_: pytest.fail("a volume was made"))
+    with pytest.raises(Exception) as error:
+        list(sample_to_folder(model, [mask, tmp_path / "bad_seg.nii.gz"], tmp_path / "out"))
+    assert "bad_seg.nii.gz has labels {7}" in str(root_input_error(error.value))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_splits_cases_are_read_as_the_model_reads_data(model, phantoms):
+    assert [case["case"] for case in cases_of_split(model, phantoms, "val")] == ["phantom_0004", "phantom_0005"]
+    assert len(cases_of_split(model, phantoms, "train")) == 4
+    with pytest.raises(InputError, match=r"has no test case; choose another --split, or list some in test\.list"):
+        cases_of_split(model, phantoms, "test")
+    with pytest.raises(InputError, match="split is 'all'; expected train, val or test"):
+        cases_of_split(model, phantoms, "all")
+
+
+def test_a_file_or_a_folder_names_masks(mask, tmp_path):
+    assert masks_at(mask) == [mask]
+    for name in ("b.nii", "a_seg.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in masks_at(tmp_path)] == ["a_seg.nii.gz", "b.nii"]
+    with pytest.raises(InputError, match="there is no mask at"):
+        masks_at(tmp_path / "nowhere")
