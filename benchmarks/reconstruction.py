@@ -57,7 +57,8 @@ def main() -> None:
     for case in val:
         crop = padded(case)
         image, valid = np.asarray(crop["image"]), np.asarray(crop["valid"])
-        reconstruction = codec.reconstruct(crop["image"].as_tensor()[None].to(codec.latent_mean.device))[0].cpu().numpy()
+        batch = crop["image"].as_tensor()[None].to(codec.latent_mean.device)
+        reconstruction = codec.reconstruct(batch)[0].cpu().numpy()
         scores["autoencoder_db"].append(psnr(image, reconstruction.clip(0, 1), valid))
         scores["pca_on_crops_db"].append(psnr(image, pca_crops.reconstruct(image).clip(0, 1), valid))
         volume = np.asarray(whole(case)["image"])

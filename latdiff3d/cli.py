@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latdiff3d.errors import InputExit, root_input_error
+from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
 
 app = typer.Typer(
     help="Latent diffusion on 3D medical volumes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -69,7 +69,10 @@ def doctor(
     """Read a data set and print all that is wrong with it."""
     from latdiff3d.doctor import examine, print_report
 
-    known = None if labels is None else [int(label) for label in labels.split(",")]
+    words = [] if labels is None else [word.strip() for word in labels.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise InputError(f"labels is {labels!r}; expected whole numbers such as 0,1,2,4.")
+    known = [int(word) for word in words] or None
     rows, problems = examine(folder, layout, modalities.split(","), known)
     print_report(rows, problems)
     if problems:
@@ -106,7 +109,6 @@ def run_sampling(
         InputError: for a user's mistake.
     """
     from latdiff3d import synthesis
-    from latdiff3d.errors import InputError
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -130,7 +132,7 @@ def door(program: Callable[[], Any]) -> None:
     except InputExit as mistake:
         _refuse(str(mistake))
     except Exception as error:
-        known = root_input_error(error)
+        known = root_input_error(error) or place_error(error)
         if known is None:
             raise
         _refuse(str(known))

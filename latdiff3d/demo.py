@@ -28,7 +28,8 @@ STEPS = {"autoencoder": 1150, "diffusion": 1200}
 BATCH_SIZE = {"autoencoder": 1, "diffusion": 4}
 # The discriminator joins for the rest.
 DISC_START = 0.9
-LARGEST_CROP = 64
+# The discriminator leaves nothing of less than 24 voxels.
+SMALLEST_CROP, LARGEST_CROP = 24, 64
 # Voxels above this, in any channel of a volume in [0, 1], are brain.
 AIR_BELOW = 0.03
 
@@ -77,13 +78,18 @@ def settings_for(data: Path) -> dict[str, Any]:
     datalist.raise_first(problems)
     layout = datalist.find_layout(data)
     num_channels = len(survey[0].intensities)
-    shape = np.median([row.shapes[0][:3] for row in survey], axis=0)
+    shape = np.median([_ras_shape(row) for row in survey], axis=0)
     return {
         "modalities": list(datalist.BRATS_MODALITIES) if layout == "brats" else [f"c{k}" for k in range(num_channels)],
         "labels": sorted({0}.union(*(map(int, row.labels) for row in survey))),
-        "crop_to": [int(min(LARGEST_CROP, 8 * math.ceil(size / 8))) for size in shape],
+        "crop_to": [int(np.clip(8 * math.ceil(size / 8), SMALLEST_CROP, LARGEST_CROP)) for size in shape],
         "layout": layout,
     }
+
+
+def _ras_shape(row: doctor.CaseRow) -> list[int]:
+    axes = [row.orientations[0].find(a) + row.orientations[0].find(b) + 1 for a, b in ("LR", "PA", "IS")]  # −1: absent
+    return [row.shapes[0][axis] for axis in axes]
 
 
 @contextmanager
@@ -128,7 +134,7 @@ def _report(
     seconds: dict[str, float],
 ) -> str:
     pairs = [_real_and_reconstruction(model, case, sample) for case, sample in zip(cases, samples, strict=True)]
-    reals, reconstructions = [real for real, _ in pairs], [reconstruction for _, reconstruction in pairs]
+    reals, reconstructions, own = ([pair[k] for pair in pairs] for k in range(3))
     masks = [np.asarray(sample.grid.mask[0]).astype(int) for sample in samples if sample.grid is not None]
     synthetic = [sample.volume.numpy() for sample in samples]
     agreement = contrast_sign_agreement(
@@ -147,17 +153,22 @@ def _report(
         for k in range(min(4, len(cases)))
     ]
     contact_sheet(out / "contact_sheet.png", rows, labels=LABEL_NAMES if len(model.modalities) == 4 else None)
-    quality = np.mean([psnr(a, b, np.ones_like(a[:1])) for a, b in zip(reals, reconstructions, strict=True)])
+    quality = np.mean([psnr(a, b, valid) for a, b, valid in zip(reals, reconstructions, own, strict=True)])
     text = _summary(model, agreement, float(quality), len(cases), out, data, seconds)
     (out / "summary.md").write_text(text)
     return text
 
 
-def _real_and_reconstruction(model: Model, case: dict[str, Any], sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+def _real_and_reconstruction(
+    model: Model, case: dict[str, Any], sample: Sample
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a real volume, its reconstruction and, 1 on its own voxels, what of them is no padding."""
     assert sample.grid is not None
     image = model.preprocessing({"image": case["image"]})["image"]
+    own = torch.as_tensor(sample.grid.crop(sample.grid.pad(torch.ones_like(image[:1]))))
     image = torch.as_tensor(sample.grid.crop(sample.grid.pad(image)))
-    return image.numpy(), model.synthesizer.codec.reconstruct(image[None].to(model.synthesizer.device))[0].cpu().numpy()
+    reconstruction = model.synthesizer.codec.reconstruct(image[None].to(model.synthesizer.device))[0]
+    return image.numpy(), reconstruction.cpu().numpy(), own.numpy()
 
 
 def _brain(volume: np.ndarray) -> np.ndarray:

@@ -28,3 +28,10 @@ def root_input_error(error: BaseException) -> InputError | None:
             return InputError(reported.group(1))
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def place_error(error: BaseException) -> InputError | None:
+    """Return what the system says of a file or folder that it refuses, if `error` is that."""
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    return InputError(f"{error.filename}: {error.strerror}; expected a place that can be read and written.")

@@ -18,7 +18,7 @@ from torch import nn
 
 from latdiff3d import checkpoints, config
 from latdiff3d.codec import LatentCodec
-from latdiff3d.errors import InputError, InputExit, root_input_error
+from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
 
 CONFIG_FILE = "config.yaml"
 # May differ between a run and its continuation.
@@ -265,9 +265,10 @@ def _settings_error(error: BaseException) -> InputError | None:
     cause: BaseException | None = error
     while cause is not None:
         refused = refused or "".join(re.findall(r"^Failed to instantiate component '([^']+)'", str(cause)))
-        if isinstance(cause, OSError) and cause.filename:
-            return InputError(f"{cause.filename}: {cause.strerror}; expected a place that can be read and written.")
-        if refused and isinstance(cause, (ValueError, TypeError)):
+        if place_error(cause):
+            return place_error(cause)
+        is_theirs = refused and not refused.startswith("latdiff3d.") and not refused.endswith("Dataset")
+        if is_theirs and isinstance(cause, (ValueError, TypeError)):
             return InputError(f"{refused} refuses its settings: {' '.join(str(cause).split())}")
         cause = cause.__cause__
     return None

@@ -233,6 +233,7 @@ def sample_to_folder(
     jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
     for _, mask in jobs:
         model.grid_of(mask)
+    Path(out).mkdir(parents=True, exist_ok=True)
     with progress_bar(total=len(jobs) * num_samples, desc="sampling", unit="volume") as bar:
         for case, mask in jobs:
             for k in range(num_samples):

@@ -210,14 +210,15 @@ class ForegroundCropd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        size = np.array(d[self.source_key].shape[1:])
         lowest, highest = self._range_of_starts(d[self.source_key])
-        start = self._choose(lowest, highest)
+        start = np.clip(self._choose(lowest, highest, size - self.roi_size), 0, size - self.roi_size)
         crop = SpatialCrop(roi_start=start.tolist(), roi_end=(start + self.roi_size).tolist())
         for key in self.key_iterator(d):
             d[key] = crop(d[key])
         return d
 
-    def _choose(self, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+    def _choose(self, lowest: np.ndarray, highest: np.ndarray, last: np.ndarray) -> np.ndarray:
         return (lowest + highest) // 2
 
     def _range_of_starts(self, image: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -227,8 +228,7 @@ class ForegroundCropd(MapTransform):
             raise ValueError(f"the volume is {size.tolist()}; pad it to at least {self.roi_size.tolist()} first.")
         first, end = generate_spatial_bounding_box(image, allow_smaller=True)
         ends = np.sort([np.array(first), np.array(end) - self.roi_size], axis=0)
-        lowest, highest = np.clip(ends, 0, size - self.roi_size)
-        return lowest, highest
+        return ends[0], ends[1]
 
 
 class RandForegroundCropd(RandomizableTransform, ForegroundCropd):
@@ -240,8 +240,9 @@ class RandForegroundCropd(RandomizableTransform, ForegroundCropd):
         ForegroundCropd.__init__(self, keys, source_key, roi_size, allow_missing_keys)
         RandomizableTransform.__init__(self, prob=1.0)
 
-    def _choose(self, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
-        return np.array([self.R.randint(low, high + 1) for low, high in zip(lowest, highest, strict=True)])
+    def _choose(self, lowest: np.ndarray, highest: np.ndarray, last: np.ndarray) -> np.ndarray:
+        ends = zip(np.clip(lowest, 0, last), np.clip(highest, 0, last), strict=True)
+        return np.array([self.R.randint(low, high + 1) for low, high in ends])
 
 
 def foreground_range(channel: np.ndarray, lower: float, upper: float) -> tuple[float | None, float, float]:
