@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
-from monai.networks.nets import AutoencoderKL
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
@@ -14,15 +13,9 @@ from torch.nn import functional as F
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import MaskCondition, NoCondition
 from latdiff3d.devices import autocast
+from latdiff3d.distributed import average_gradients, mean_over_ranks
 from latdiff3d.errors import InputError
-from latdiff3d.losses import (
-    AutoencoderLoss,
-    adaptive_weight,
-    hinge_discriminator,
-    hinge_generator,
-    masked_l1,
-    masked_psnr,
-)
+from latdiff3d.losses import AutoencoderLoss, discriminator_loss, masked_l1, masked_psnr
 from latdiff3d.networks import last_layer
 from latdiff3d.objectives import Epsilon
 from latdiff3d.samplers import alphas_cumprod
@@ -35,10 +28,11 @@ class AutoencoderStep:
     """One generator update and, once it trains, one discriminator update.
 
     A batch holds `image` (B, C, D, H, W) in [0, 1] and `valid` (B, 1, D, H, W), 1 on the volume's own voxels. Padding
-    is kept out of the reconstruction loss, and looks the same to the discriminator in real and reconstructed volumes.
+    is kept out of the reconstruction loss, and looks the same to other networks in real and reconstructed volumes.
+    Over several ranks the update is that of their joint batch.
     """
 
-    autoencoder: AutoencoderKL
+    autoencoder: nn.Module
     discriminator: nn.Module
     loss: AutoencoderLoss
     optimizer: torch.optim.Optimizer
@@ -48,49 +42,45 @@ class AutoencoderStep:
     max_grad_norm: float = 1.0
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
-        """Update the weights and return the loss's terms, raw."""
+        """Update the weights and return the loss's terms, raw and weighted, means over the ranks."""
         iteration = engine.state.iteration
         self.autoencoder.train()
         self.discriminator.train()
-        image, valid = _to(self.device, batch["image"], batch["valid"])
+        image, valid = to_device(self.device, batch["image"], batch["valid"])
         with autocast(self.device, self.precision):
-            reconstruction, mean, std = self.autoencoder(image)  # (B, C, D, H, W), 2 × (B, C', D/f, H/f, W/f)
+            reconstruction, *latents = self.autoencoder(image)  # (B, C, D, H, W), then moments or the quantiser's terms
         reconstruction = reconstruction.float()
-        l1 = masked_l1(reconstruction, image, valid)
-        kl = self.loss.kl(mean.float(), std.float())
-        total = l1 + self.loss.kl_weight * kl
-        terms = {"l1": l1, "kl": kl}
-
         shown = torch.where(valid > 0, reconstruction, image)
+        terms = self.loss.reconstruction_terms(reconstruction, image, valid, shown)
+        self.loss.add_regularisation(terms, *latents)
         if self.loss.generator_sees_discriminator(iteration):
             self.discriminator.requires_grad_(False)
-            adversarial = hinge_generator(self._scores(shown))
-            weight = (
-                adaptive_weight(l1, adversarial, last_layer(self.autoencoder))
-                if self.loss.adaptive_weight
-                else torch.ones_like(l1)
-            )
-            total = total + self.loss.disc_weight * weight * adversarial
-            terms |= {"adversarial": adversarial, "adaptive_weight": weight}
-        _update(total, self.autoencoder, self.optimizer, self.max_grad_norm)
-
+            real = self._features(image) if self.loss.feature_matching_weight > 0 else None
+            self.loss.add_adversarial(terms, iteration, self._features(shown), real, last_layer(self.autoencoder))
+        update(terms.total(), self.autoencoder, self.optimizer, self.max_grad_norm)
+        logged = terms.logged()
         if self.loss.discriminator_trains(iteration):
-            self.discriminator.requires_grad_(True)
-            disc = hinge_discriminator(self._scores(image), self._scores(shown.detach()))
-            _update(disc, self.discriminator, self.discriminator_optimizer, self.max_grad_norm)
-            terms["discriminator"] = disc
-        return {name: term.item() for name, term in terms.items()}
+            logged["discriminator"] = self._update_discriminator(image, shown.detach())
+        means = mean_over_ranks(torch.stack([term.detach().float() for term in logged.values()]))
+        return dict(zip(logged, means.tolist(), strict=True))
 
-    def _scores(self, image: torch.Tensor) -> torch.Tensor:
+    def _update_discriminator(self, image: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        self.discriminator.requires_grad_(True)
+        real, fake = self._features(image)[-1], self._features(shown)[-1]
+        loss = discriminator_loss(real.float(), fake.float(), self.loss.adversarial)
+        update(loss, self.discriminator, self.discriminator_optimizer, self.max_grad_norm)
+        return loss
+
+    def _features(self, image: torch.Tensor) -> list[torch.Tensor]:
         with autocast(self.device, self.precision):
-            return self.discriminator(image)[-1].float()  # MONAI returns every layer's features, the scores last
+            return [features.float() for features in self.discriminator(image)]  # every layer's, the scores last
 
 
 @dataclass
 class AutoencoderValidation:
     """Reconstructs from the posterior's mean and measures it on the volume's own voxels."""
 
-    autoencoder: AutoencoderKL
+    autoencoder: Any
     device: torch.device
     precision: str = "bf16"
 
@@ -98,14 +88,18 @@ class AutoencoderValidation:
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, Any]:
         """Return `psnr` in dB and `l1`, means over the batch, and `image` and `reconstruction` for the previews.
 
-        Batches of one volume, so that the means over batches are means over volumes.
+        `code_counts` says how often each code of a VQ autoencoder was chosen; None of a KL autoencoder. Batches of one
+        volume, so that the means over batches are means over volumes.
         """
         self.autoencoder.eval()
-        image, valid = _to(self.device, batch["image"], batch["valid"])
+        image, valid = to_device(self.device, batch["image"], batch["valid"])
         with autocast(self.device, self.precision):
-            reconstruction = self.autoencoder.decode(self.autoencoder.encode(image)[0])
+            latents, _ = self.autoencoder.encode(image)
+            reconstruction = self.autoencoder.decode(latents)
         reconstruction = reconstruction.float()
+        quantizer = getattr(self.autoencoder, "quantizer", None)
         return {
+            "code_counts": quantizer.counts(latents) if quantizer is not None else None,
             "psnr": masked_psnr(reconstruction, image, valid).mean().item(),
             "l1": masked_l1(reconstruction, image, valid).item(),
             "image": image,
@@ -139,7 +133,7 @@ class DiffusionStep:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(len(alphas_cumprod(self.noise_schedule)), (len(latents),), device=self.device)
         loss = diffusion_loss(self, self.denoiser, latents, noise, timesteps, condition).mean()
-        _update(loss, self.denoiser, self.optimizer, self.max_grad_norm)
+        update(loss, self.denoiser, self.optimizer, self.max_grad_norm)
         return {"loss": loss.item()}
 
 
@@ -181,10 +175,11 @@ def latent_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return posterior mean, std and condition of a batch, from the cache's entries or by encoding its images."""
     if "mean" in batch:
-        mean, std = _to(device, batch["mean"], batch["std"])
-        return mean, std, _to(device, batch["condition"])[0] if "condition" in batch else None
-    mean, std = codec.encode(*_to(device, batch["image"]))
-    return mean, std, condition(*_to(device, batch["mask"])) if "mask" in batch else None
+        mean, std = to_device(device, batch["mean"], batch["std"])
+        return mean, std, to_device(device, batch["condition"])[0] if "condition" in batch else None
+    [image] = to_device(device, batch["image"])
+    mean, std = codec.encode(image)
+    return mean, std, condition(*to_device(device, batch["mask"])) if "mask" in batch else None
 
 
 def with_condition(latents: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
@@ -209,18 +204,24 @@ def diffusion_loss(
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3, 4))
 
 
-def _to(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Move to `device` as plain tensors: MONAI's metadata has done its work by now, and costs time in every op."""
     return [(t.as_tensor() if hasattr(t, "as_tensor") else t).to(device, non_blocking=True) for t in tensors]
 
 
-def _update(loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-    if not torch.isfinite(loss):
+def update(loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    """Step `optimizer` down the gradient of `loss`, averaged over the ranks and no longer than `max_grad_norm`.
+
+    Raises:
+        InputError: when the loss is not a finite number, on any rank; the weights are then as before.
+    """
+    if not torch.isfinite(mean_over_ranks(loss)):
         raise InputError(
             f"the loss of {type(network).__name__} became {loss.item()}; lower learning_rate, or look at the data with "
             "`latdiff3d doctor`. The last checkpoint is from before this step."
         )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(network.parameters())
     nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
     optimizer.step()

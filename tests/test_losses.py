@@ -4,15 +4,17 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from latdiff3d.errors import InputError
 from latdiff3d.losses import (
     ADAPTIVE_MAX,
     AutoencoderLoss,
     adaptive_weight,
-    hinge_discriminator,
-    hinge_generator,
+    discriminator_loss,
+    generator_loss,
     masked_l1,
+    masked_l2,
     masked_psnr,
 )
 
@@ -106,11 +108,11 @@ def test_another_reduction_is_refused():
 )
 def test_hinge_at_known_scores(real, fake, expected):
     real, fake = torch.full((2, 1, 2, 2, 2), real), torch.full((2, 1, 2, 2, 2), fake)
-    assert hinge_discriminator(real, fake).item() == pytest.approx(expected)
+    assert discriminator_loss(real, fake).item() == pytest.approx(expected)
 
 
 def test_the_generators_loss_is_minus_its_score():
-    assert hinge_generator(torch.tensor([1.0, 4.0])).item() == -2.5
+    assert generator_loss(torch.tensor([1.0, 4.0])).item() == -2.5
 
 
 def test_the_adaptive_weight_equalises_the_pulls_at_the_layer():
@@ -146,3 +148,98 @@ def test_a_discriminator_of_no_weight_neither_trains_nor_is_heard():
 
 def test_kl_of_a_collapsed_posterior_is_not_finite():
     assert math.isinf(AutoencoderLoss().kl(torch.zeros(1), torch.zeros(1)).item())
+
+
+# What the terms weigh
+
+
+def reconstruction_terms(loss, count=2, size=4):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand((count, 1, size, size, size), generator=generator)
+    other = image + 0.1
+    return loss.reconstruction_terms(other, image, torch.ones_like(image), other)
+
+
+def test_the_sum_is_that_of_the_weighted_terms_and_both_are_logged():
+    loss = AutoencoderLoss(kl_weight=0.5, logvar_init=math.log(2))
+    terms = reconstruction_terms(loss)
+    loss.add_regularisation(terms, torch.ones(2, 2, 2, 2, 2), torch.ones(2, 2, 2, 2, 2))
+    logged = {name: term.item() for name, term in terms.logged().items()}
+    expected = {"l1": 0.1, "weighted_l1": 0.05, "kl": 0.5, "weighted_kl": 0.25}
+    assert logged == pytest.approx(expected, rel=1e-5)
+    assert terms.total().item() == pytest.approx(0.3, rel=1e-5)
+
+
+def test_l2_is_the_mean_squared_error_over_own_voxels(padded):
+    image, other, valid = padded
+    assert masked_l2(other, image, valid).item() == pytest.approx(0.01, rel=1e-4)
+    terms = AutoencoderLoss(reconstruction="l2").reconstruction_terms(other, image, valid, other)
+    assert list(terms.raw) == ["l2"]
+
+
+def test_the_patch_size_and_the_batch_size_leave_every_weighted_term_alone():
+    loss = AutoencoderLoss(
+        perceptual_weight=0.5, perceptual=nn.MSELoss(), feature_matching_weight=2.0, disc_start=1, adaptive_weight=False
+    )
+
+    def weighted(count, size):
+        terms = reconstruction_terms(loss, count, size)
+        loss.add_regularisation(terms, *(torch.full((count, 2, size, size, size), value) for value in (0.7, 1.3)))
+        fake, real = ([torch.full((count, 3, size, size, size), value)] * 2 for value in (0.2, 0.6))
+        loss.add_adversarial(terms, 1, fake, real, torch.zeros(1))
+        return {name: term.item() for name, term in terms.logged().items()}
+
+    assert weighted(1, 4) == pytest.approx(weighted(3, 8), rel=1e-5)
+
+
+def test_a_quantisers_terms_have_the_codebooks_weight_and_the_commitment_its_share():
+    loss = AutoencoderLoss(codebook_weight=2.0, commitment_weight=0.25)
+    terms = reconstruction_terms(loss)
+    loss.add_regularisation(terms, {"codebook": torch.tensor(3.0), "commitment": torch.tensor(5.0)})
+    assert terms.weights["codebook"] == 2.0 and terms.weights["commitment"] == 0.5
+
+
+def test_feature_matching_leaves_the_scores_out():
+    loss = AutoencoderLoss(disc_weight=0.0, feature_matching_weight=3.0, disc_start=1, adaptive_weight=False)
+    terms = reconstruction_terms(loss)
+    fake, real = [torch.zeros(1, 2), torch.full((1, 4), 9.0)], [torch.full((1, 2), 0.5), torch.zeros(1, 4)]
+    loss.add_adversarial(terms, 1, fake, real, torch.zeros(1))
+    assert terms.raw["feature_matching"].item() == 0.5 and terms.weights["feature_matching"] == 3.0
+    assert loss.generator_sees_discriminator(1) and loss.discriminator_trains(1)
+
+
+def test_the_ramp_grows_from_the_start_to_the_full_weight():
+    loss = AutoencoderLoss(disc_start=10, disc_ramp=3)
+    assert [loss.ramp(iteration) for iteration in range(10, 16)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert AutoencoderLoss(disc_start=10).ramp(10) == 1.0
+
+
+@pytest.mark.parametrize(("real", "fake", "expected"), [(1.0, 0.0, 0.0), (0.0, 0.0, 0.5), (3.0, -2.0, 4.0)])
+def test_least_squares_at_known_scores(real, fake, expected):
+    real, fake = torch.full((2, 1), real), torch.full((2, 1), fake)
+    assert discriminator_loss(real, fake, "least_squares").item() == expected
+    assert generator_loss(fake, "least_squares").item() == 0.5 * (fake[0, 0].item() - 1) ** 2
+
+
+def test_the_adaptive_weight_counts_the_perceptual_pull_too():
+    layer = torch.tensor([2.0], requires_grad=True)
+    loss = AutoencoderLoss(perceptual_weight=3.0, perceptual=lambda one, other: 5 * layer.sum(), disc_start=1)
+    image = torch.zeros(1, 1, 2, 2, 2)
+    reconstruction = layer.expand_as(image)
+    terms = loss.reconstruction_terms(reconstruction, image, torch.ones_like(image), reconstruction)
+    loss.add_adversarial(terms, 1, [layer.expand(4)], None, layer)
+    assert terms.notes["adaptive_weight"].item() == pytest.approx(1 + 3 * 5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ({"reconstruction": "l3"}, "reconstruction is 'l3'; expected 'l1' or 'l2'"),
+        ({"adversarial": "wasserstein"}, "adversarial is 'wasserstein'; expected 'hinge' or 'least_squares'"),
+        ({"perceptual_weight": 1.0}, "perceptual_weight is 1.0 and there is no perceptual network; give both"),
+        ({"perceptual": nn.MSELoss()}, "perceptual_weight is 0.0 and there is a perceptual network; give both"),
+    ],
+)
+def test_a_loss_that_cannot_be_is_refused(setting, line):
+    with pytest.raises(InputError, match=line):
+        AutoencoderLoss(**setting)

@@ -93,8 +93,9 @@ def test_the_discriminator_trains_from_its_warm_up_on_and_is_heard_from_its_star
         terms.append(set(step(engine_at(iteration), batch)))
         changed.append(not same_weights(before, step.discriminator.state_dict()))
     assert changed == [False, True, True, True, True]
-    plain, warm = {"l1", "kl"}, {"l1", "kl", "discriminator"}
-    assert terms == [plain, warm, warm, *[warm | {"adversarial", "adaptive_weight"}] * 2]
+    plain = {"l1", "kl", "weighted_l1", "weighted_kl"}
+    warm = plain | {"discriminator"}
+    assert terms == [plain, warm, warm, *[warm | {"adversarial", "weighted_adversarial", "adaptive_weight"}] * 2]
 
 
 def test_a_term_of_no_weight_vanishes():

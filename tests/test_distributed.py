@@ -1,0 +1,144 @@
+"""Two processes train as one does on their joint batch."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from monai.networks.nets import AutoencoderKL, PatchDiscriminator
+from torch import distributed as dist
+from torch import nn
+
+from latdiff3d.distributed import average_gradients, mean_over_ranks, num_ranks, sum_over_ranks
+from latdiff3d.losses import AutoencoderLoss
+from latdiff3d.networks import downsampling
+from latdiff3d.perceptual import FeatureDistance, Perceptual
+from latdiff3d.quantization import VQAutoencoder
+from latdiff3d.training import AutoencoderStep
+from latdiff3d.wavelets import WaveletAutoencoder
+
+NUM_RANKS = 2
+LATENTS = 2
+KINDS = ["kl", "vq_ema", "vq_gradient", "wavelet_kl", "wavelet_vq"]
+
+
+def on_two_ranks(worker, folder, *args):
+    """Run `worker(*args)` in two gloo processes and return what each returns."""
+    torch.multiprocessing.spawn(_rank, (worker, folder, args), nprocs=NUM_RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_RANKS)]
+
+
+def _rank(rank, worker, folder, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=NUM_RANKS)
+    torch.save(worker(*args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+# Sums and means
+
+
+def _sums():
+    rank = dist.get_rank()
+    own = torch.tensor([1.0, 10.0]) * (rank + 1)
+    layer = nn.Linear(1, 1)
+    layer.weight.grad, layer.bias.grad = torch.full((1, 1), float(rank)), None
+    average_gradients(layer.parameters())
+    return sum_over_ranks(own), mean_over_ranks(own), own, layer.weight.grad
+
+
+def test_sums_and_means_are_over_the_ranks_and_leave_what_they_are_given(tmp_path):
+    for rank, (total, mean, own, gradient) in enumerate(on_two_ranks(_sums, tmp_path)):
+        assert total.tolist() == [3.0, 30.0] and mean.tolist() == [1.5, 15.0]
+        assert own.tolist() == [rank + 1.0, 10.0 * (rank + 1)]
+        assert gradient.tolist() == [[0.5]]
+
+
+def test_one_process_is_one_rank_and_has_nothing_to_sum():
+    own = torch.tensor([2.0], requires_grad=True)
+    assert num_ranks() == 1
+    assert sum_over_ranks(own).tolist() == mean_over_ranks(own).tolist() == [2.0]
+    assert not mean_over_ranks(own).requires_grad
+
+
+# Stage 1's gradients
+
+
+def _autoencoder(kind):
+    num_channels = 8 if kind.startswith("wavelet") else 1
+    if kind.endswith("kl"):
+        network = AutoencoderKL(
+            spatial_dims=3, in_channels=num_channels, out_channels=num_channels, latent_channels=LATENTS,
+            channels=(8, 8), num_res_blocks=1, norm_num_groups=4, attention_levels=(False, False),
+            with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
+        )  # fmt: skip
+    else:
+        network = VQAutoencoder(
+            spatial_dims=3, in_channels=num_channels, out_channels=num_channels, channels=(8, 8), num_res_layers=1,
+            num_res_channels=(8, 8), downsample_parameters=((2, 4, 1, 1),) * 2,
+            upsample_parameters=((2, 4, 1, 1, 0),) * 2, n_embed=8, embed_dim=LATENTS,
+            codebook="gradient" if kind == "vq_gradient" else "ema",
+        )  # fmt: skip
+        network.quantizer.num_updates.fill_(1)  # the start draws at random; it has a test of its own
+    return WaveletAutoencoder(network, 1, 1) if kind.startswith("wavelet") else network
+
+
+class _Kept(torch.optim.SGD):
+    """An optimiser that moves nothing, so that each update's gradients can be read afterwards."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.0)
+
+
+def _gradients(kind):
+    """One step of stage 1 with every term, on this rank's share of a batch of two; its gradients and terms."""
+    torch.manual_seed(0)
+    autoencoder = _autoencoder(kind)
+    discriminator = PatchDiscriminator(spatial_dims=3, in_channels=1, channels=4, num_layers_d=1, norm="INSTANCE")
+    seen = nn.Sequential(nn.Conv3d(1, 4, 3), nn.Softplus()), nn.Conv3d(4, 4, 3)
+    loss = AutoencoderLoss(
+        kl_weight=0.1, perceptual_weight=0.5, perceptual=Perceptual(FeatureDistance(seen), lambda x, image: x),
+        disc_weight=0.3, feature_matching_weight=0.2, disc_start=1, disc_warmup=0,
+    )  # fmt: skip
+    image, noise = torch.rand(2, 1, 16, 16, 16), torch.randn(2, LATENTS, *(16 // downsampling(autoencoder),) * 3)
+    valid = torch.ones_like(image)
+    valid[0, :, :10] = 0  # ranks with unlike numbers of own voxels
+    share = slice(dist.get_rank(), dist.get_rank() + 1) if num_ranks() > 1 else slice(None)
+    inner = getattr(autoencoder, "network", autoencoder)
+    if kind.endswith("kl"):
+        inner.sampling = lambda mean, std: mean + std * noise[share]
+    step = AutoencoderStep(
+        autoencoder, discriminator, loss, _Kept(autoencoder.parameters()), _Kept(discriminator.parameters()),
+        torch.device("cpu"), "fp32", max_grad_norm=math.inf,
+    )  # fmt: skip
+    engine = SimpleNamespace(state=SimpleNamespace(iteration=1))
+    terms = step(engine, {"image": image[share], "valid": valid[share]})
+    gradients = [
+        torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+        for network in (autoencoder, discriminator)
+    ]
+    book = inner.quantizer.codes.detach() if "vq" in kind else torch.zeros(1)
+    return {"gradients": gradients, "terms": terms, "book": book}
+
+
+def _all_gradients():
+    return {kind: _gradients(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def rank_gradients(tmp_path_factory):
+    """Each rank's gradients, of every kind of autoencoder; started once, which is what takes the time."""
+    return on_two_ranks(_all_gradients, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_have_the_gradients_of_one_with_the_joint_batch(rank_gradients, kind):
+    joint = _gradients(kind)
+    names = {"l1", "perceptual", "adversarial", "feature_matching", "adaptive_weight", "discriminator"}
+    assert names | ({"kl"} if kind.endswith("kl") else {"commitment"}) <= set(joint["terms"])
+    for ours in (gradients[kind] for gradients in rank_gradients):
+        for own, expected in zip(ours["gradients"], joint["gradients"], strict=True):
+            assert expected.norm() > 0
+            assert (own - expected).norm() <= 1e-4 * expected.norm()
+        assert ours["terms"] == pytest.approx(joint["terms"], rel=1e-4)
+        assert torch.allclose(ours["book"], joint["book"], rtol=1e-5, atol=1e-7)
