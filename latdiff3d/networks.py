@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet, UNet
 from monai.networks.nets.autoencoderkl import AEKLDownsample
 from torch import nn
 
@@ -16,13 +17,19 @@ def downsampling(network: nn.Module) -> int:
     """Return the factor by which `network` shrinks each spatial axis on its way down.
 
     Args:
-        network: an AutoencoderKL or a DiffusionModelUNet.
+        network: an AutoencoderKL, a VQVAE, a DiffusionModelUNet, a UNet, or one that says it itself, as `downsampling`.
     """
+    if isinstance(own := getattr(network, "downsampling", None), int):
+        return own
     if isinstance(network, AutoencoderKL):
         return int(2 ** sum(isinstance(module, AEKLDownsample) for module in network.encoder.modules()))
+    if isinstance(network, VQVAE):
+        return math.prod(stride for stride, *_ in network.encoder.downsample_parameters)
     if isinstance(network, DiffusionModelUNet):
         return int(2 ** (len(network.block_out_channels) - 1))
-    raise TypeError(f"{type(network).__name__} is neither an AutoencoderKL nor a DiffusionModelUNet.")
+    if isinstance(network, UNet):
+        return math.prod(network.strides[: len(network.channels) - 1])
+    raise TypeError(f"{type(network).__name__} is no AutoencoderKL, VQVAE, DiffusionModelUNet or UNet.")
 
 
 class ExactConv3d(nn.Conv3d):
@@ -48,21 +55,38 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(device)
 
 
-def narrow_posterior(autoencoder: AutoencoderKL, std: float) -> AutoencoderKL:
+def narrow_posterior(autoencoder: Any, std: float) -> nn.Module:
     """Let an untrained AutoencoderKL begin with a posterior of standard deviation `std`, whatever the image.
 
     MONAI's begins near 1, as wide as the means' own spread: the decoder first learns to average over noise, and the
-    posterior is slow to narrow. Returns the same network.
+    posterior is slow to narrow. Returns the same network; a VQVAE, which has no posterior, as it is.
+
+    Args:
+        autoencoder: an AutoencoderKL, a VQVAE, or either as the `network` of a wavelet stem.
+        std: in the latents' unit.
     """
-    parameters = dict(autoencoder.quant_conv_log_sigma.named_parameters())
+    network = getattr(autoencoder, "network", autoencoder)
+    if isinstance(network, VQVAE):
+        return autoencoder
+    parameters = dict(network.quant_conv_log_sigma.named_parameters())
     nn.init.zeros_(parameters["conv.weight"])
     nn.init.constant_(parameters["conv.bias"], 2 * math.log(std))  # the layer gives log σ²
     return autoencoder
 
 
-def last_layer(autoencoder: AutoencoderKL) -> torch.Tensor:
+def last_layer(autoencoder: Any) -> torch.Tensor:
     """Return the weight of the decoder's last convolution, at which the adaptive weight compares gradients."""
-    return [module for module in autoencoder.decoder.modules() if isinstance(module, nn.Conv3d)][-1].weight
+    return last_convolution(autoencoder.decoder).weight
+
+
+def last_convolution(network: nn.Module) -> nn.Conv3d | nn.ConvTranspose3d:
+    """Return the convolution of `network` that was built last; in MONAI's networks its output is the network's."""
+    return [module for module in network.modules() if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))][-1]
+
+
+def latent_layer(autoencoder: Any) -> nn.Conv3d | nn.ConvTranspose3d:
+    """Return the convolution whose output are the latents, or the posterior's mean."""
+    return last_convolution(getattr(autoencoder, "quant_conv_mu", autoencoder.encoder))
 
 
 def check_crop(crop_to: Sequence[int], networks: Sequence[nn.Module]) -> None:
@@ -70,18 +94,18 @@ def check_crop(crop_to: Sequence[int], networks: Sequence[nn.Module]) -> None:
 
     Args:
         crop_to: (D, H, W) in voxels.
-        networks: the autoencoder, or the autoencoder and the denoiser.
+        networks: the autoencoder, the autoencoder and the denoiser, or the segmenter.
 
     Raises:
         InputError: naming the nearest crop that works.
     """
-    names = {AutoencoderKL: "autoencoder", DiffusionModelUNet: "U-Net"}
+    names = {DiffusionModelUNet: "U-Net", UNet: "segmenter"}
     factors = [downsampling(network) for network in networks]
     combined = math.prod(factors)
     sizes = list(crop_to) if isinstance(crop_to, (list, tuple)) else []
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise InputError(f"crop_to is {crop_to!r}; expected three whole numbers of voxels such as [64, 64, 64].")
-    parts = " × ".join(f"the {names[type(n)]}'s {f}" for n, f in zip(networks, factors, strict=True))
+    parts = " × ".join(f"the {names.get(type(n), 'autoencoder')}'s {f}" for n, f in zip(networks, factors, strict=True))
     check_divisible(crop_to, combined, parts)
 
 

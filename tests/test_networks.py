@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
+from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
 from torch import nn
 
 from latdiff3d.errors import InputError
-from latdiff3d.losses import hinge_discriminator
+from latdiff3d.losses import discriminator_loss
 from latdiff3d.networks import (
     ExactConv3d,
     check_crop,
@@ -125,6 +125,38 @@ def test_looking_at_the_crop_leaves_the_discriminator_as_it_was():
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
+def vq(channels=(8, 8), **options):
+    return VQVAE(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        channels=channels,
+        num_res_channels=channels,
+        num_res_layers=1,
+        **{"downsample_parameters": (2, 4, 1, 1), "upsample_parameters": (2, 4, 1, 1, 0), **options},
+    )
+
+
+def test_a_vq_autoencoder_is_known_too():
+    assert downsampling(vq()) == 4
+    flat_first = vq(
+        downsample_parameters=((1, 3, 1, 1), (2, 4, 1, 1)), upsample_parameters=((2, 4, 1, 1, 0), (1, 3, 1, 1, 0))
+    )
+    assert downsampling(flat_first) == 2
+    for network, factor in ((vq(), 4), (flat_first, 2)):
+        assert network.encode(torch.zeros(1, 1, 8, 8, 8)).shape[2:] == (8 // factor,) * 3
+    assert last_layer(vq()).shape[:2] == (8, 1)  # a transposed convolution's
+    with pytest.raises(InputError, match=r"not divisible by 8 \(the autoencoder's 4 × the U-Net's 2\)"):
+        check_crop([20, 16, 31], [vq(), unet((8, 8))])
+
+
+def test_a_vq_autoencoder_has_no_posterior_to_narrow():
+    network = vq()
+    before = copy.deepcopy(network.state_dict())
+    assert narrow_posterior(network, 0.05) is network
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
 # narrow_posterior
 
 
@@ -192,7 +224,7 @@ def test_the_discriminators_gradients_in_bfloat16_are_finite_where_its_layers_gr
             network.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 scores = [network(image)[-1].float() for image in (real, fake)]
-            hinge_discriminator(*scores).backward()
+            discriminator_loss(*scores).backward()
             gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
         assert gradients[0].isfinite().all()
         # 0.12 at most; nearly all unplaced ones are off by more than their own length, or not finite.
