@@ -1,14 +1,18 @@
 """LatentCodec owns the latent space: image ↔ latents of zero mean and unit variance per channel."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
-from monai.networks.nets import AutoencoderKL
 from torch import nn
+from torch.nn import functional as F
 
 from latdiff3d.devices import autocast
 from latdiff3d.errors import InputError
+from latdiff3d.memory import within_memory
+from latdiff3d.networks import downsampling
+from latdiff3d.norms import cut
 
 
 class LatentCodec(nn.Module):
@@ -16,20 +20,28 @@ class LatentCodec(nn.Module):
 
     The statistics are buffers, so they travel with the weights; nobody else ever multiplies by a scale factor.
     MONAI's inferers see the codec through `encode_stage_2_inputs` and `decode_stage_2_outputs`, with scale factor 1.
+    A VQ autoencoder's latents are those before quantisation, with standard deviation 0; `decode` quantises them, as
+    CompVis has it.
 
     Args:
-        autoencoder: an AutoencoderKL.
+        autoencoder: an AutoencoderKL or a VQAutoencoder, in a wavelet stem or not.
         latent_channels: C, the number of latent channels.
         precision: of the autoencoder's passes, "bf16" or "fp32".
 
     Raises:
-        InputError: for another precision.
+        InputError: for another precision, or another number of channels than the autoencoder says it has.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, latent_channels: int, precision: str = "fp32") -> None:
+    def __init__(self, autoencoder: nn.Module, latent_channels: int, precision: str = "fp32") -> None:
         super().__init__()
+        found = getattr(getattr(autoencoder, "network", autoencoder), "latent_channels", latent_channels)
+        if found != latent_channels:
+            raise InputError(
+                f"the autoencoder has {found} latent channels, latent_channels is {latent_channels}; let the network "
+                "take it from there: latent_channels, or a VQ autoencoder's embed_dim, '@latent_channels'."
+            )
         autocast(torch.device("cpu"), precision)  # an unknown precision is refused here, before any work
-        self.autoencoder = autoencoder
+        self.autoencoder: Any = autoencoder  # encode and decode are not nn.Module's
         self.precision = precision
         self.latent_mean: torch.Tensor
         self.latent_std: torch.Tensor
@@ -38,40 +50,67 @@ class LatentCodec(nn.Module):
         self.register_buffer("latent_std", torch.ones(latent_channels))
         self.register_buffer("num_volumes", torch.zeros((), dtype=torch.long))  # 0: not measured yet
 
+    @property
+    def factor(self) -> int:
+        """f, the voxels along a latent cell's edge."""
+        return downsampling(self.autoencoder)
+
     @torch.no_grad()
-    def encode(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, image: torch.Tensor, memory_gb: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation of the normalised posterior.
 
         Args:
-            image: (B, C, D, H, W), in [0, 1].
+            image: (B, C, D, H, W) of any size, in [0, 1]; its last voxels are repeated to whole latent cells.
+            memory_gb: work by tiles if memory would rise by more, see `memory.within_memory`; None: at once.
 
         Returns:
-            two tensors (B, latent_channels, D/f, H/f, W/f), in units of the latents' standard deviation.
+            two tensors (B, latent_channels, ⌈D/f⌉, ⌈H/f⌉, ⌈W/f⌉), in units of the latents' standard deviation.
 
         Raises:
-            InputError: before the latents have been measured.
+            InputError: before the latents have been measured, or for too little memory.
         """
         self._require_statistics()
-        mean, std = self._posterior(image)
+        mean, std = self._posterior(image, memory_gb)
         return (mean - self._per_channel(self.latent_mean)) / self._per_channel(self.latent_std), std / (
             self._per_channel(self.latent_std)
         )
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return images (B, C, D, H, W), in about [0, 1], not clipped, of normalised latents (B, C', D/f, H/f, W/f).
+    def decode(
+        self, latents: torch.Tensor, size: Sequence[int] | None = None, memory_gb: float | None = None
+    ) -> torch.Tensor:
+        """Return images (B, C, D, H, W), in about [0, 1], not clipped, of normalised latents.
+
+        Args:
+            latents: (B, latent_channels, d, h, w).
+            size: D, H and W, of an image whose latents have this size; d·f, h·f and w·f if None.
+            memory_gb: as for `encode`.
 
         Raises:
-            InputError: before the latents have been measured.
+            InputError: before the latents have been measured, for too little memory, or for another size.
         """
         self._require_statistics()
+        cells = tuple(latents.shape[2:])
+        size = tuple(n * self.factor for n in cells) if size is None else tuple(size)
+        if tuple(-(-length // self.factor) for length in size) != cells:
+            raise InputError(
+                f"size is {list(size)}, the latents' {list(cells)}; expected 1 to {self.factor} voxels a cell."
+            )
         raw = latents * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
-        with autocast(raw.device, self.precision):
-            return self.autoencoder.decode(raw).float()
 
-    def reconstruct(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the image that the posterior's mean decodes to."""
-        return self.decode(self.encode(image)[0])
+        def decode(window: torch.Tensor) -> tuple[torch.Tensor]:
+            with autocast(window.device, self.precision):
+                return (self.autoencoder.decode(window).float(),)
+
+        if memory_gb is None:
+            (image,) = decode(raw)
+        else:
+            (image,) = within_memory(self.autoencoder, decode, raw, memory_gb, scale=self.factor)
+        return cut(image, [slice(length) for length in size])
+
+    def reconstruct(self, image: torch.Tensor, memory_gb: float | None = None) -> torch.Tensor:
+        """Return the image that the posterior's mean decodes to, of the same size."""
+        return self.decode(self.encode(image, memory_gb)[0], image.shape[2:], memory_gb)
 
     def encode_stage_2_inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Return a draw from the normalised posterior of `x`; MONAI's name."""
@@ -116,10 +155,20 @@ class LatentCodec(nn.Module):
         self.latent_std.copy_(std)
         self.num_volumes.fill_(num_volumes)
 
-    def _posterior(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast(image.device, self.precision):
-            mean, std = self.autoencoder.encode(image)
-        return mean.float(), std.float()
+    def _posterior(self, image: torch.Tensor, memory_gb: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        padded = _whole_cells(image, self.factor)
+
+        def encode(window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with autocast(window.device, self.precision):
+                mean, std = self.autoencoder.encode(window)
+            return mean.float(), std.float()
+
+        if memory_gb is None:
+            return encode(padded)
+        held = 0 if padded is image else padded.nbytes
+        scale = Fraction(1, self.factor)
+        mean, std = within_memory(self.autoencoder, encode, padded, memory_gb, self.factor, scale, held)
+        return mean, std
 
     def _per_channel(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(1, -1, 1, 1, 1)
@@ -130,3 +179,10 @@ class LatentCodec(nn.Module):
                 "this autoencoder's latents have not been measured, so stage 2 cannot use it; finish stage 1 "
                 "(the same command goes on), which measures them at its end."
             )
+
+
+def _whole_cells(image: torch.Tensor, factor: int) -> torch.Tensor:
+    """Return `image` (B, C, D, H, W) with the last voxel of each axis repeated up to a multiple of `factor`."""
+    missing = [-length % factor for length in image.shape[2:]]
+    # F.pad counts from the last axis, two numbers each
+    return F.pad(image, [n for m in reversed(missing) for n in (0, m)], mode="replicate") if any(missing) else image
