@@ -86,6 +86,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def record(place: str | Path) -> dict[str, str]:
+    """Return path and SHA-256 of the checkpoint that `place` names, to keep in a checkpoint that builds on it."""
+    path = find(place)
+    return {"path": str(path), "sha256": sha256(path)}
+
+
 def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
     """Load `weights`, all of them, into `network`.
 

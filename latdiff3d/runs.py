@@ -16,9 +16,10 @@ from monai.engines import Evaluator, Trainer
 from monai.utils import set_determinism
 from torch import nn
 
-from latdiff3d import checkpoints, config
+from latdiff3d import checkpoints, config, verdict
 from latdiff3d.codec import LatentCodec
 from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
+from latdiff3d.quality import PAGE
 
 CONFIG_FILE = "config.yaml"
 # May differ between a run and its continuation.
@@ -116,7 +117,7 @@ class Run:
     """What a checkpoint holds, and when one is written: at the end of each epoch.
 
     Args:
-        stage: "autoencoder" or "diffusion".
+        stage: "autoencoder", "diffusion" or "segmenter".
         run_dir: the run's folder.
         objects: name → anything with `state_dict` and `load_state_dict`.
         evaluator: whose key metric says which epoch is best.
@@ -126,6 +127,7 @@ class Run:
         notes: what sampling must know of the training data.
         first_stage: path and hash of stage 1's checkpoint, for stage 2.
         at_end: called once with the best weights loaded; what it changes in them is kept.
+        quality: called after that, to write the codec's page; its figures are kept with the weights.
     """
 
     stage: str
@@ -138,7 +140,9 @@ class Run:
     notes: Mapping[str, Any] = field(default_factory=dict)
     first_stage: Mapping[str, str] | None = None
     at_end: Callable[[], None] | None = None
+    quality: Callable[[], Mapping[str, Any]] | None = None
     config_text: str = field(default="", init=False)
+    figures: Mapping[str, Any] | None = field(default=None, init=False)  # once finished, of `quality`
 
     def attach(self, engine: Trainer) -> None:
         """Write checkpoints at each epoch's end; validation must be attached before."""
@@ -178,6 +182,7 @@ class Run:
             raise InputError(f"{self.run_dir} was never validated; set val_interval to at most max_epochs.")
         best = checkpoints.load(path)
         if best["finished"]:
+            self.figures = best.get("quality")
             return
         networks = {name: thing for name, thing in self.objects.items() if isinstance(thing, nn.Module)}
         for name, network in networks.items():
@@ -185,17 +190,22 @@ class Run:
         if self.at_end:
             print("measuring the latents over the training set", flush=True)
             self.at_end()
+        if self.quality:
+            print("measuring the codec on the validation set", flush=True)
+            self.figures = self.quality()
         weights = {name: network.state_dict() for name, network in networks.items()}
-        checkpoints.save(path, {**best, "objects": {**best["objects"], **weights}, "finished": True})
+        kept = {"objects": {**best["objects"], **weights}, "quality": self.figures, "finished": True}
+        checkpoints.save(path, {**best, **kept})
 
     def summary(self, engine: Trainer, seconds: float) -> str:
         """Return what was reached and the command that uses it."""
         state = self.evaluator.state
         command = self.next_command.format(run=self.run_dir, data=self.data)
+        page = f"{Path(self.run_dir) / PAGE}: {verdict.summary(self.figures)}\n" if self.figures else ""
         return (
             f"Stage '{self.stage}' is trained: {engine.state.epoch} epochs, {engine.state.iteration} steps, this time "
             f"in {seconds / 60:.1f} min; best at epoch {state.best_metric_epoch}: "
-            f"{self.metric.format(state.best_metric)}.\n{self._path('best')}\nNext: {command}"
+            f"{self.metric.format(state.best_metric)}.\n{self._path('best')}\n{page}Next: {command}"
         )
 
     def _path(self, which: str) -> Path:
@@ -217,7 +227,7 @@ class Run:
 
 
 def first_stage_codec(first_stage: str, codec: LatentCodec, settings: Mapping[str, Any]) -> LatentCodec:
-    """Return `codec` with the weights and statistics of stage 1's checkpoint, frozen.
+    """Return `codec` with the weights and statistics of stage 1's checkpoint, frozen; warn if it is a poor one.
 
     Args:
         first_stage: the checkpoint, or the folder of its run.
@@ -238,13 +248,9 @@ def first_stage_codec(first_stage: str, codec: LatentCodec, settings: Mapping[st
     checkpoints.load_weights(codec, content["objects"]["codec"], str(path))
     if codec.num_volumes.item() == 0:
         raise InputError(f"{path} has no latent statistics; finish stage 1, whose best.pt holds them, and use that.")
+    if reasons := verdict.poor(content["quality"]) if content.get("quality") else []:
+        print(f"warning: stage 2 begins on a poor codec, {path}: {'; '.join(reasons)}.", flush=True)
     return codec.requires_grad_(False).eval()
-
-
-def checkpoint_record(first_stage: str) -> dict[str, str]:
-    """Return path and SHA-256 of the checkpoint that `first_stage` names, to keep in stage 2's checkpoint."""
-    path = checkpoints.find(first_stage)
-    return {"path": str(path), "sha256": checkpoints.sha256(path)}
 
 
 @contextmanager
@@ -299,7 +305,7 @@ def _refuse_foreign_folder(run_dir: Path, own: Mapping[str, Any], resuming: bool
 
 
 def _refuse_other_first_stage(run_dir: Path, trained_on: Mapping[str, str], first_stage: str) -> None:
-    given = checkpoint_record(first_stage)
+    given = checkpoints.record(first_stage)
     if trained_on["sha256"] != given["sha256"]:
         raise InputError(
             f"{run_dir} was trained on the latents of {trained_on['path']}, which is not {given['path']} as it is now; "

@@ -1,9 +1,9 @@
-"""Measures on volumes whose answers are known beforehand."""
+"""Lesion contrast on volumes whose answers are known beforehand."""
 
 import numpy as np
 import pytest
 
-from latdiff3d.evaluation import BlockPCA, average_pooling, contrast_sign_agreement, lesion_contrast, psnr
+from latdiff3d.evaluation import contrast_sign_agreement, lesion_contrast
 
 GRID = (16, 16, 16)
 BRAIN = np.ones(GRID, bool)
@@ -119,68 +119,3 @@ def test_a_single_case_has_no_floor():
 def test_agreement_refuses_lists_of_different_lengths():
     with pytest.raises(ValueError, match="same cases"):
         contrast_sign_agreement([_background()] * 2, [_background()], LESIONS[:2], [BRAIN] * 2, [BRAIN] * 2)
-
-
-def test_psnr_of_a_known_error():
-    image = np.full((2, *GRID), 0.5, np.float32)
-    assert psnr(image, image + 0.1, BRAIN) == pytest.approx(20.0, abs=1e-4)
-    assert psnr(image, image, BRAIN) == np.inf
-
-
-def test_psnr_looks_at_valid_voxels_alone():
-    image = np.zeros((1, *GRID))
-    wrong = image + np.where(LESIONS[0], 0.01, 0.9)
-    assert psnr(image, wrong, LESIONS[0]) == pytest.approx(40.0)
-    assert psnr(image, wrong, LESIONS[0][None].astype(np.float32)) == pytest.approx(40.0)
-    with pytest.raises(ValueError, match="valid"):
-        psnr(image, wrong, ~BRAIN)
-
-
-@pytest.fixture
-def subspace_volumes():
-    """Two-channel volumes whose 4^3 blocks lie in an affine space of three dimensions."""
-    rng = np.random.default_rng(0)
-    mean, basis = rng.random((2, 4, 4, 4)), rng.random((3, 2, 4, 4, 4))
-
-    def volume(*blocks: int) -> np.ndarray:
-        weights = rng.random((3, *blocks))
-        field = sum(np.einsum("dhw,cpqr->cdphqwr", w, b) for w, b in zip(weights, basis, strict=True))
-        tiled = field + np.broadcast_to(mean[:, None, :, None, :, None, :], field.shape)
-        return tiled.reshape(2, *(4 * n for n in blocks))
-
-    return [volume(3, 2, 4), volume(2, 3, 3), volume(4, 2, 2)]
-
-
-def test_block_pca_is_exact_in_its_subspace_and_not_below(subspace_volumes):
-    train, held_out = subspace_volumes[:2], subspace_volumes[2]
-    exact = BlockPCA().fit(train, num_components=3).reconstruct(held_out)
-    assert exact.shape == held_out.shape and exact.dtype == np.float32
-    assert np.allclose(exact, held_out, atol=1e-5)
-    assert not np.allclose(BlockPCA().fit(train, num_components=2).reconstruct(held_out), held_out, atol=1e-2)
-
-
-def test_block_pca_keeps_the_shape_of_any_volume():
-    volume = np.random.default_rng(1).random((1, 5, 7, 9))
-    pca = BlockPCA().fit([volume, volume[:, :4, :4]], num_components=8, block=2)
-    assert np.allclose(pca.reconstruct(volume), volume, atol=1e-5)  # 8 components hold a block of 8 values
-    assert pca.components.shape == (8, 8)
-
-
-def test_block_pca_beats_pooling_at_one_number_a_block():
-    ramp = np.indices(GRID).sum(0)[None] / 45.0
-    pca = BlockPCA().fit([ramp, ramp**2], num_components=1)
-    assert psnr(ramp, pca.reconstruct(ramp), BRAIN) > psnr(ramp, average_pooling(ramp), BRAIN)
-
-
-def test_block_pca_refuses_no_volumes_and_too_many_components():
-    with pytest.raises(ValueError, match="no volumes"):
-        BlockPCA().fit([], num_components=1)
-    with pytest.raises(ValueError, match="65 components"):
-        BlockPCA().fit([_background()[:1]], num_components=65)
-
-
-def test_average_pooling_repeats_block_means():
-    volume = np.arange(6, dtype=float).reshape(1, 6, 1, 1)
-    assert average_pooling(volume, factor=4).ravel() == pytest.approx([1.5] * 4 + [4.5] * 2)
-    constant = np.full((2, 5, 6, 7), 0.3)
-    assert np.allclose(average_pooling(constant), constant)

@@ -93,12 +93,13 @@ def test_a_run_in_a_process_of_its_own_is_the_run_made_here(three_doors, tiny_ru
 def test_every_door_ends_with_what_was_reached_and_the_next_command(three_doors):
     logdir, ended = three_doors
     for name, one in ended.items():
-        summary = one.out.strip().splitlines()[-3:]
+        summary = one.out.strip().splitlines()[-4:]
         assert summary[0].startswith("Stage 'autoencoder' is trained: 2 epochs, 4 steps")
         assert "PSNR" in summary[0] and " dB" in summary[0]
         assert summary[1] == str(logdir / name / "checkpoints" / "best.pt")
-        assert summary[2].startswith("Next: latdiff3d train diffusion --data ")
-        assert summary[2].endswith(f"first_stage={logdir / name}")
+        assert summary[2].startswith(f"{logdir / name / 'quality.html'}: PSNR ")
+        assert summary[3].startswith("Next: latdiff3d train diffusion --data ")
+        assert summary[3].endswith(f"first_stage={logdir / name}")
 
 
 # The run's folder
@@ -114,6 +115,7 @@ def test_the_run_folder_holds_all_of_the_run(tiny_runs):
             "config.yaml",
             "metrics.csv",
             "previews",
+            *(["quality.html", "quality.json"] if run == tiny_runs.autoencoder else []),
             "tensorboard",
         ]
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.pt", "last.pt"]
@@ -176,7 +178,8 @@ def test_another_seed_is_another_run(phantoms, tiny_runs, tmp_path):
     assert train_here("autoencoder", phantoms, tmp_path, "other", "--seed", 1, max_epochs=1).code == 0
     one, other = loaded(tiny_runs.autoencoder)["objects"]["codec"], loaded(tmp_path / "other")["objects"]["codec"]
     assert not torch.equal(
-        one["autoencoder.encoder.blocks.0.conv.weight"], other["autoencoder.encoder.blocks.0.conv.weight"]
+        one["autoencoder.network.encoder.blocks.0.conv.weight"],
+        other["autoencoder.network.encoder.blocks.0.conv.weight"],
     )
 
 
@@ -336,7 +339,7 @@ def test_a_checkpoint_of_other_shapes_cannot_be_gone_on_with(phantoms, tiny_runs
     line = refused(
         train_here(
             "autoencoder", phantoms, tmp_path, "x", resume=str(tiny_runs.autoencoder),
-            autoencoder_def__channels=[8, 16], autoencoder_def__norm_num_groups=8,
+            autoencoder_def__channels=[16], autoencoder_def__norm_num_groups=8,
         )
     )  # fmt: skip
     assert "does not fit this configuration" in line and "there, " in line
@@ -367,7 +370,7 @@ def test_stage_2_needs_a_first_stage(phantoms, tmp_path):
         ),
         (
             "{autoencoder}",
-            {"autoencoder_def__channels": [8, 16]},
+            {"autoencoder_def__channels": [16]},
             "does not fit this configuration",
         ),
     ],
