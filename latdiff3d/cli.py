@@ -21,6 +21,7 @@ class Stage(str, Enum):
 
     autoencoder = "autoencoder"
     diffusion = "diffusion"
+    segmenter = "segmenter"
 
 
 @app.command()

@@ -1,17 +1,19 @@
 """A bundle's configuration, overlays and command-line settings become one workflow; unknown keys are refused.
 
 MONAI adds a misspelt key silently, and lets a dict without its `_target_` replace one with it. Both are refused here.
+A dict with another `_target_` replaces a component with all its arguments.
 """
 
 import difflib
 import inspect
+import pydoc
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 
 from latdiff3d.errors import InputError
 
@@ -19,7 +21,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_BUNDLE = REPOSITORY / "bundles" / "brats_mask_ldm"
 CONFIG_FOLDER = REPOSITORY / "configs"
 COMMON = "common.yaml"
-STAGE_FILES = {"autoencoder": "train_autoencoder.yaml", "diffusion": "train_diffusion.yaml"}
+STAGE_FILES = {
+    "autoencoder": "train_autoencoder.yaml",
+    "diffusion": "train_diffusion.yaml",
+    "segmenter": "train_segmenter.yaml",
+}
 # Read here and not by MONAI: which bundle and which stage an overlay belongs to.
 SELECTORS = ("bundle", "stage")
 SEPARATOR = "::"
@@ -53,6 +59,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "val_interval": (_is_count, "a whole number from 1 on"),
     "latent_crops": (_is_natural, "a whole number from 0 on"),
     "num_workers": (_is_natural, "a whole number from 0 on"),
+    "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),
     "latent_channels": (_is_count, "a whole number from 1 on"),
     "initial_posterior_std": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
@@ -103,7 +110,7 @@ def training_workflow(
         overlays: YAML files, later ones win; each holds what differs from the bundle, and may name `bundle` and
             `stage`.
         settings: `key: value` from the command line, which win over all files; nested keys are joined by `::` or `.`.
-        stage: "autoencoder" or "diffusion", if not named in an overlay or in `settings`.
+        stage: a key of `STAGE_FILES`, if not named in an overlay or in `settings`.
 
     Raises:
         InputError: a missing or unreadable file, an unknown key, no stage.
@@ -115,18 +122,21 @@ def training_workflow(
         selectors |= {key: content.pop(key) for key in SELECTORS if key in content}
     if selectors.get("stage") not in STAGE_FILES:
         raise InputError(
-            f"stage is {selectors.get('stage')!r}; expected 'autoencoder' or 'diffusion'. Name it in an overlay, as "
-            "configs/autoencoder.yaml does, or on the command line: stage=autoencoder."
+            f"stage is {selectors.get('stage')!r}; expected 'autoencoder', 'diffusion' or 'segmenter'. Name it in an "
+            "overlay, as configs/autoencoder.yaml does, or on the command line: stage=autoencoder."
         )
     if stage and selectors["stage"] != stage:
         raise InputError(f"the configuration is of stage '{selectors['stage']}'; the command trains '{stage}'.")
 
     files = bundle_files(Path(selectors["bundle"]), selectors["stage"])
-    base = merged(files)
+    base = ConfigParser(merged(files))
     overrides: dict[str, Any] = {}
     for source, content in chosen:
-        refuse_unknown_keys(content, base, source)
-        overrides |= flat(content, base)
+        refuse_unknown_keys(content, base.get(), source)
+        changes = flat(content, base.get())
+        base.update(changes)  # the arguments of a component that was replaced are known from here on
+        # MONAI applies them in this order, and a later file must win against one that replaced the whole component.
+        overrides = {key: value for key, value in overrides.items() if key not in changes} | changes
     root = files[0].parent.parent
     workflow = ConfigWorkflow(
         workflow_type="train",
@@ -198,7 +208,7 @@ def merged(files: Iterable[str | Path]) -> dict[str, Any]:
 
 
 def refuse_unknown_keys(content: Mapping[str, Any], base: Mapping[str, Any], source: str) -> None:
-    """Refuse a key that `base` lacks, and a dict that would replace a component and lose its `_target_`.
+    """Refuse a key that `base` lacks, and an argument that a component put in place of another does not take.
 
     Args:
         content: an overlay, its keys possibly joined by `::`.
@@ -209,13 +219,54 @@ def refuse_unknown_keys(content: Mapping[str, Any], base: Mapping[str, Any], sou
         InputError: naming the key and the nearest known one.
     """
     for joined, value in content.items():
-        node: Any = base
-        parents: list[str] = []
-        for key in joined.lstrip("+").split(SEPARATOR):
-            node = _child(node, key, parents, source)
-            parents.append(key)
-        if isinstance(value, dict) and isinstance(node, dict):
+        node = _node(base, joined, source)
+        if _changes_leaves(value, node):
             refuse_unknown_keys({f"{joined}{SEPARATOR}{key}": child for key, child in value.items()}, base, source)
+        elif isinstance(value, dict) and isinstance(value.get("_target_"), str):
+            _refuse_unknown_arguments(value, joined, source)
+
+
+def _node(base: Mapping[str, Any], joined: str, source: str) -> Any:
+    node: Any = base
+    parents: list[str] = []
+    for key in joined.lstrip("+").split(SEPARATOR):
+        node = _child(node, key, parents, source)
+        parents.append(key)
+    return node
+
+
+def _changes_leaves(value: Any, node: Any) -> bool:
+    """Say whether `value` changes entries of the dict `node`, rather than takes its place."""
+    if not isinstance(value, dict) or not isinstance(node, dict):
+        return False
+    return "_target_" not in node or value.get("_target_", node["_target_"]) == node["_target_"]
+
+
+def _refuse_unknown_arguments(component: Mapping[str, Any], joined: str, source: str) -> None:
+    target = component["_target_"]
+    if target[:1] in ("$", "@", "%"):
+        return
+    found = pydoc.locate(ConfigComponent(component).resolve_module_name())
+    if not callable(found):
+        raise InputError(
+            f"{source} sets {joined}{SEPARATOR}_target_ to {target!r}, where no class or function is; expected MONAI's "
+            "name of one, or its path, such as latdiff3d.quantization.VQAutoencoder."
+        )
+    known = _parameters(found)
+    for key in component:
+        if known is not None and key not in ConfigComponent.non_arg_keys:
+            _child(known, key, [joined], source)
+
+
+def _parameters(component: Callable[..., Any]) -> dict[str, None] | None:
+    """Return the names of a class' or function's parameters, those it hands to its bases too; None: any."""
+    names: dict[str, None] = {}
+    for owner in inspect.getmro(component) if inspect.isclass(component) else [component]:
+        parameters = inspect.signature(owner.__init__ if inspect.isclass(owner) else owner).parameters.values()
+        names |= {p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            return names
+    return None
 
 
 def _child(node: Any, key: str, parents: Sequence[str], source: str) -> Any:
@@ -230,11 +281,15 @@ def _child(node: Any, key: str, parents: Sequence[str], source: str) -> Any:
 
 
 def flat(content: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `content` with nested dicts as joined keys, so that a leaf changes and its siblings stay."""
+    """Return `content` with nested dicts as joined keys, so that a leaf changes and its siblings stay.
+
+    A component with another `_target_` than in `base` stays whole, as does a dict in place of something else.
+    """
     overrides: dict[str, Any] = {}
     for key, value in content.items():
-        if isinstance(value, dict) and not key.startswith("+"):
-            overrides |= {f"{key}{SEPARATOR}{child}": leaf for child, leaf in flat(value, base).items()}
+        node = _node(base, key, "the configuration")
+        if _changes_leaves(value, node) and not key.startswith("+"):
+            overrides |= {f"{key}{SEPARATOR}{child}": leaf for child, leaf in flat(value, node).items()}
         else:
             overrides[key] = value
     return overrides

@@ -14,7 +14,8 @@ from scipy import ndimage
 
 from latdiff3d import datalist, doctor, runs
 from latdiff3d.config import CONFIG_FOLDER
-from latdiff3d.evaluation import ContrastAgreement, contrast_sign_agreement, psnr
+from latdiff3d.evaluation import ContrastAgreement, contrast_sign_agreement
+from latdiff3d.fidelity import psnr
 from latdiff3d.figures import ContactRow, contact_sheet
 from latdiff3d.phantoms import write_phantoms
 from latdiff3d.synthesis import Model, Sample, cases_of_split, sample_to_folder

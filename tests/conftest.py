@@ -65,12 +65,12 @@ def truncate(path, keep=0.5):
         file.truncate(int(len(file.read()) * keep))
 
 
-# Runs small enough for a test: volumes of 16³, two levels of 8 channels, two epochs.
+# Runs small enough for a test: volumes of 16³, 8 channels behind the wavelet stem, two epochs.
 NUM_TRAIN = 4
 TINY_AUTOENCODER = {
     "crop_to": [16, 16, 16],
-    "autoencoder_def::channels": [8, 8],
-    "autoencoder_def::attention_levels": [False, False],
+    "autoencoder_def::channels": [8],
+    "autoencoder_def::attention_levels": [False],
     "autoencoder_def::norm_num_groups": 4,
 }
 TINY = {
@@ -92,6 +92,13 @@ TINY = {
         "max_epochs": 2,
         "val_interval": 1,
         "sampling_steps": 3,
+    },
+    "segmenter": {
+        "crop_to": [16, 16, 16],
+        "segmenter_def::channels": [4, 8],
+        "segmenter_def::strides": [2],
+        "max_epochs": 2,
+        "val_interval": 1,
     },
 }
 

@@ -290,7 +290,7 @@ SETTINGS = [
     (
         "channels that the groups do not divide",
         "autoencoder",
-        {"autoencoder_def__channels": [8, 6]},
+        {"autoencoder_def__channels": [6]},
         r"AutoencoderKL refuses its settings: .*norm_num_groups",
     ),
     (

@@ -101,6 +101,7 @@ BAD_SETTINGS = {
     "latent_crops": [-1, None],
     "num_workers": [-1, "4"],
     "sampling_steps": [0, 2.5],
+    "quality_cases": [-1, 2.5],
     "latent_channels": [0, "four"],
     "initial_posterior_std": [0, "small", None],
     "seed": [-1, 0.5, "x"],
@@ -182,6 +183,52 @@ def test_an_empty_overlay_changes_nothing(overlay):
     assert workflow(overlay("# nothing\n")).parser.get() == workflow().parser.get()
 
 
+LINEAR = "discriminator_def:\n  _target_: torch.nn.Linear\n  in_features: 3\n  out_features: 2\n"
+
+
+def test_another_target_replaces_a_component_with_its_arguments(overlay):
+    parser = workflow(overlay(LINEAR)).parser
+    assert parser["discriminator_def"] == {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": 2}
+
+
+def test_a_component_takes_the_place_of_null(overlay):
+    parser = workflow(overlay("loss::perceptual: {_target_: torch.nn.MSELoss, reduction: sum}\n")).parser
+    assert parser["loss"]["perceptual"] == {"_target_": "torch.nn.MSELoss", "reduction": "sum"}
+    with pytest.raises(InputError, match=r"the unknown key loss::perceptual::reductoin; did you mean"):
+        workflow(overlay("loss::perceptual: {_target_: torch.nn.MSELoss, reductoin: sum}\n"))
+
+
+def test_later_files_change_and_replace_a_component_that_was_replaced(overlay):
+    one, two = overlay(LINEAR, "one.yaml"), overlay("discriminator_def::out_features: 5\n", "two.yaml")
+    assert workflow(one, two).parser["discriminator_def"]["out_features"] == 5
+    assert workflow(one, two, **{"discriminator_def.in_features": 7}).parser["discriminator_def"]["in_features"] == 7
+    with pytest.raises(InputError, match=r"two\.yaml sets the unknown key discriminator_def::out_features"):
+        workflow(two, one)
+    back = overlay("discriminator_def: {_target_: PatchDiscriminator, spatial_dims: 2}\n", "back.yaml")
+    there = {"_target_": "PatchDiscriminator", "spatial_dims": 2}
+    assert workflow(one, two, back).parser["discriminator_def"] == there
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (LINEAR.replace("in_f", "in_ff"), r"discriminator_def::in_ffeatures; did you mean discriminator_def::in_feat"),
+        (LINEAR + "  channels: 16\n", r"the unknown key discriminator_def::channels; known here: \["),
+        (LINEAR.replace("nn.Linear", "nn.Linnear"), r"_target_ to 'torch\.nn\.Linnear', where no class or function is"),
+    ],
+)
+def test_what_a_new_component_does_not_take_is_refused(overlay, text, named):
+    with pytest.raises(InputError, match=named):
+        workflow(overlay(text))
+
+
+def test_arguments_handed_on_to_a_base_are_known(overlay):
+    vq = "autoencoder_def:\n  _target_: latdiff3d.quantization.VQAutoencoder\n"
+    assert workflow(overlay(vq + "  n_embed: 4\n  num_res_layers: 2\n")).parser["autoencoder_def"]["n_embed"] == 4
+    with pytest.raises(InputError, match=r"unknown key autoencoder_def::num_res_blocks; did you mean"):
+        workflow(overlay(vq + "  num_res_blocks: 2\n"))
+
+
 # Stages
 
 
@@ -191,7 +238,7 @@ def test_the_stage_comes_from_an_overlay(overlay):
 
 
 def test_no_stage_is_refused(overlay):
-    with pytest.raises(InputError, match=r"stage is None; expected 'autoencoder' or 'diffusion'"):
+    with pytest.raises(InputError, match=r"stage is None; expected 'autoencoder', 'diffusion' or 'segmenter'"):
         workflow(overlay("seed: 3\n"), stage=None)
     with pytest.raises(InputError, match=r"stage is 'autoencodr'"):
         workflow(overlay("stage: autoencodr\n"), stage=None)

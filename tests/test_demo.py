@@ -13,7 +13,7 @@ from conftest import TINY, run_here
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from latdiff3d import config, demo, evaluation
+from latdiff3d import config, demo, fidelity
 from latdiff3d.demo import settings_for
 from latdiff3d.errors import InputError
 from latdiff3d.networks import check_discriminator
@@ -156,7 +156,7 @@ def of_ones_own(tmp_path_factory):
 
     def psnr(image, reconstruction, valid):
         measured_on.append(int(np.sum(valid > 0)))
-        return evaluation.psnr(image, reconstruction, valid)
+        return fidelity.psnr(image, reconstruction, valid)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "psnr", psnr)

@@ -1,0 +1,36 @@
+"""The benchmarks run from their command line and end in a JSON object; what they measure is their own affair."""
+
+import json
+
+import yaml
+from conftest import TINY_AUTOENCODER, run_process
+
+
+def last_line(ended):
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out.strip().split("\n")[-1])
+
+
+def test_the_autoencoders_race_and_a_second_call_trains_nothing(phantoms, tmp_path):
+    overlay = tmp_path / "tiny.yaml"
+    overlay.write_text(yaml.safe_dump({**TINY_AUTOENCODER, "crop_to": [32, 32, 32]}))
+    words = ("--data", phantoms, "--config", overlay, "--run", tmp_path / "race", "--minutes", "0.005")
+    figures = last_line(run_process("benchmarks/autoencoder.py", *words))
+    assert {"time_to_plain_ratio", "time_to_quality_ratio", "psnr_gain_db", "psnr_over_pca_db"} <= set(figures)
+    assert (tmp_path / "race" / "autoencoder.png").stat().st_size > 5000
+    again = run_process("benchmarks/autoencoder.py", *words)
+    assert last_line(again) == figures and "to start" not in again.out
+
+
+def test_sharpness_goes_on_from_a_run_in_both_arms(tiny_runs):
+    words = ("--data", tiny_runs.data, "--run", tiny_runs.autoencoder, "--minutes", "0.01")
+    ended = run_process("benchmarks/sharpness.py", *words)
+    figures = last_line(ended)
+    assert "the perceptual term is left out" in ended.out
+    assert figures["steps"] >= 1 and figures["on_spectrum_ratio"] > 0
+
+
+def test_a_benchmark_of_no_time_is_refused(phantoms, tmp_path):
+    words = ("--data", phantoms, "--run", tmp_path, "--minutes", "0")
+    ended = run_process("benchmarks/autoencoder.py", *words)
+    assert ended.code == 2 and "--minutes is 0.0; expected a number above 0" in ended.err
