@@ -51,15 +51,22 @@ def inverse_haar(bands: torch.Tensor, levels: int = 1) -> torch.Tensor:
     return image
 
 
-def with_stem(network: nn.Module, levels: int, image_channels: int) -> nn.Module:
-    """Return `network` inside a wavelet stem of `levels`, or `network` itself for 0.
+def with_stem(network: nn.Module, levels: int, image_channels: int, latent_noise: float = 0.0) -> nn.Module:
+    """Return `network` inside a wavelet stem of `levels`, or `network` itself for 0; see WaveletAutoencoder.
 
     Raises:
-        InputError: for another number of levels.
+        InputError: for another number of levels, noise below 0, or noise where it would have no effect.
     """
     if isinstance(levels, bool) or not isinstance(levels, int) or not 0 <= levels <= 3:
         raise InputError(f"wavelet_levels is {levels!r}; expected a whole number from 0 (no stem) to 3.")
-    return WaveletAutoencoder(network, levels, image_channels) if levels else network
+    if latent_noise < 0:
+        raise InputError(f"latent_noise is {latent_noise}; expected a number from 0 on, such as 0.3.")
+    if latent_noise > 0 and (levels == 0 or not isinstance(network, AutoencoderKL)):
+        raise InputError(
+            f"latent_noise is {latent_noise}, which only an AutoencoderKL in a wavelet stem has a use for; "
+            "set latent_noise: 0."
+        )
+    return WaveletAutoencoder(network, levels, image_channels, latent_noise) if levels else network
 
 
 class WaveletAutoencoder(nn.Module):
@@ -75,12 +82,15 @@ class WaveletAutoencoder(nn.Module):
         network: an AutoencoderKL or VQAutoencoder of `image_channels` · 8^levels channels in and out.
         levels: of the stem.
         image_channels: C.
+        latent_noise: of a KL autoencoder in training: noise is laid over what is decoded, so that the decoder smooths
+            what stage 2 leaves of it instead of showing it as blocks. Its standard deviation is drawn for each volume,
+            |N(0, latent_noise²)| latent standard deviations (as Zheng et al. 2025, arXiv:2510.11690). 0: none.
 
     Raises:
         InputError: when the network has another number of channels.
     """
 
-    def __init__(self, network: Any, levels: int, image_channels: int) -> None:
+    def __init__(self, network: Any, levels: int, image_channels: int, latent_noise: float = 0.0) -> None:
         super().__init__()
         num_bands = image_channels * 8**levels
         first = next(module for module in network.encoder.modules() if isinstance(module, nn.Conv3d))
@@ -92,6 +102,7 @@ class WaveletAutoencoder(nn.Module):
             )
         self.network: Any = network
         self.levels = levels
+        self.latent_noise = latent_noise
         self.downsampling = 2**levels * downsampling(network)
         self.inner_levels = int(math.log2(downsampling(network)))
         num_values = image_channels * 8 ** (levels + self.inner_levels)
@@ -116,7 +127,8 @@ class WaveletAutoencoder(nn.Module):
         """
         mean, std = self.encode(image)
         if isinstance(self.network, AutoencoderKL):
-            return self._decoded(self.network.sampling(mean, std), self.network.decode), mean, std
+            latents = self._noisy(self.network.sampling(mean, std))
+            return self._decoded(latents, self.network.decode), mean, std
         latents, terms = self.network.quantize(mean)
         return self._decoded(latents, self.network.decode_quantized), terms
 
@@ -131,6 +143,13 @@ class WaveletAutoencoder(nn.Module):
         if isinstance(self.network, AutoencoderKL):
             return self._decoded(latents, self.network.decode)
         return self._decoded(self.quantizer.nearest(latents), self.network.decode_quantized)
+
+    def _noisy(self, latents: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.latent_noise == 0:
+            return latents
+        spread = latents.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+        level = self.latent_noise * torch.randn(len(latents), 1, 1, 1, 1, device=latents.device).abs()
+        return latents + level * spread * torch.randn_like(latents)
 
     def _decoded(self, latents: torch.Tensor, decode: Any) -> torch.Tensor:
         linear = inverse_haar(self.linear_decoder(latents), self.inner_levels)

@@ -157,6 +157,40 @@ def test_flat_volumes_have_no_components_to_start_from():
         autoencoder().start_linear([])
 
 
+# Noise on the latents
+
+
+def noisy_decodings(network, latent_noise):
+    """What training decodes, in latent standard deviations away from the posterior's draw, for three volumes."""
+    network.latent_noise, network.network.sampling = latent_noise, lambda mean, std: mean
+    seen = []
+    network._decoded = lambda latents, decode: seen.append(latents) or latents
+    volumes = smooth_volumes(3)
+    mean = network(volumes)[1]
+    return ((seen[0] - mean) / mean.std(dim=(0, 2, 3, 4), keepdim=True)).std(dim=(1, 2, 3, 4)), seen[0], mean
+
+
+def test_noise_of_each_volumes_own_strength_is_laid_over_the_latents_in_training():
+    network = autoencoder().train()  # seeds
+    levels = torch.cat([noisy_decodings(network, 0.3)[0] for _ in range(40)])
+    assert levels.pow(2).mean().sqrt().item() == pytest.approx(0.3, rel=0.2)
+    assert levels.std() > 0.1
+
+
+@pytest.mark.parametrize(("latent_noise", "is_training"), [(0.0, True), (0.3, False)])
+def test_there_is_no_noise_where_none_is_asked_for_and_none_in_use(latent_noise, is_training):
+    _, decoded, mean = noisy_decodings(autoencoder().train(is_training), latent_noise)
+    assert torch.equal(decoded, mean)
+
+
+@pytest.mark.parametrize(
+    ("levels", "noise", "line"), [(0, 0.3, "which only an AutoencoderKL in"), (1, -1, "from 0 on")]
+)
+def test_noise_without_effect_or_below_0_is_refused(levels, noise, line):
+    with pytest.raises(InputError, match=line):
+        with_stem(inner(IMAGE_CHANNELS * 8**levels), levels, IMAGE_CHANNELS, noise)
+
+
 # The handler
 
 
