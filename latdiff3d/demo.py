@@ -24,7 +24,7 @@ OVERLAY = CONFIG_FOLDER / "demo.yaml"
 LABEL_NAMES = {1: "necrotic core", 2: "oedema", 3: "enhancing rim"}
 # Small enough to train on in minutes, large enough to show a brain: 144 × 173 × 144 mm.
 PHANTOM_SHAPE, PHANTOM_SPACING_MM = (40, 48, 40), 3.6
-# About 4 minutes of training for each stage on 2 cores.
+# About 3 and 6 minutes of training on 2 cores.
 STEPS = {"autoencoder": 1600, "diffusion": 1300}
 BATCH_SIZE = {"autoencoder": 1, "diffusion": 4}
 # The discriminator joins for the rest.

@@ -21,10 +21,11 @@ def per_block(network: nn.Module, enabled: bool = True) -> nn.Module:
     """Let each residual, attention and upsampling block of `network` compute its activations again on the way back.
 
     The network stays what it is: names of weights, state dict, results, what `isinstance` says; only memory and time
-    change, and only where gradients are wanted. PyTorch's `checkpoint_wrapper` would put a module of its own between
-    a block and its parent, and so rename the weights in `named_parameters`; here a block's class changes, and calls
-    PyTorch's `checkpoint`, not reentrant: `torch.autograd.grad`, DistributedDataParallel and `torch.compile` get
-    along with it.
+    change, and only where gradients are wanted. PyTorch's `checkpoint_wrapper` would put a module of its own between a
+    block and its parent, and so rename the weights in `named_parameters`; here a block's class changes, and calls
+    PyTorch's `checkpoint`, not reentrant: `torch.autograd.grad`, DistributedDataParallel and `torch.compile` get along
+    with it.
+
     Downsampling, a convolution with nothing inside to give up, stays as it is. So do the last norm and the last layer,
     at which the adaptive weight asks for gradients twice before the way back begins.
 
