@@ -1,7 +1,6 @@
 """The codebook: where it starts, what moves it and what does not, and that ranks and resumed runs share one."""
 
 import copy
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from conftest import TINY, as_words, run_here
 from ignite.engine import Engine
 from monai.networks.nets import VQVAE
+from ranks import NUM_RANKS, on_two_ranks
 from torch import distributed as dist
-from torch import multiprocessing
 
 from latdiff3d import config, quantization
 from latdiff3d.distributed import average_gradients
@@ -225,7 +224,6 @@ def test_a_resumed_book_goes_on_bit_for_bit(codebook, monkeypatch):
 
 def steps(rank, num_ranks, codebook):
     """Train for a few steps on this rank's share of each batch, and return the book and the last gradients."""
-    quantization.RESTART_EVERY = 2
     network = autoencoder(n_embed=24, codebook=codebook, decay=0.5)
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     torch.manual_seed(7 + 100 * rank)  # rank 0 draws for all
@@ -239,21 +237,14 @@ def steps(rank, num_ranks, codebook):
     return state(network.quantizer), torch.cat([p.grad.flatten() for p in network.parameters()])
 
 
-def on_a_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save([steps(rank, 2, codebook) for codebook in ("ema", "gradient")], folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def steps_on_a_rank():
+    quantization.RESTART_EVERY = 2
+    return [steps(dist.get_rank(), NUM_RANKS, codebook) for codebook in ("ema", "gradient")]
 
 
 def test_two_ranks_keep_the_book_and_have_the_gradients_of_one_with_their_joint_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "RESTART_EVERY", 2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(on_a_rank, (port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = on_two_ranks(steps_on_a_rank, tmp_path)
     for codebook, (one, one_gradients), (other, other_gradients) in zip(("ema", "gradient"), *ranks, strict=True):
         joint, joint_gradients = steps(0, 1, codebook)
         assert same(one, other) and torch.equal(one_gradients, other_gradients)

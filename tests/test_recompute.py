@@ -8,7 +8,8 @@ import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
 from monai.networks.nets.autoencoderkl import AEKLResBlock
-from torch import distributed, multiprocessing, nn
+from ranks import NUM_RANKS, on_two_ranks
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from latdiff3d import config
@@ -309,9 +310,6 @@ def test_a_compiled_network_recomputes_and_has_the_same_gradients(name):
     assert norms and norms[0] > 0  # norms of the forward pass, in the backward pass
 
 
-IN_COMPANY = ["AutoencoderKL", "VQVAE", "U-Net"]
-
-
 def rank_loss(network, inputs, rank):
     return run(network, [part[rank : rank + 1] for part in inputs], seed=10 + rank).square().mean()
 
@@ -322,29 +320,32 @@ def freeze_codebook(network):
         network.quantizer.eval()
 
 
-def ddp_rank(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for name in IN_COMPANY:
-        _, recomputed, inputs = pair(name)
-        freeze_codebook(recomputed)
-        network = DistributedDataParallel(recomputed)
-        for _ in range(2):  # the second step meets the buckets that DDP rebuilt after the first
-            network.zero_grad()
-            rank_loss(network, inputs, rank).backward()
-        torch.save(gradients(recomputed), f"{folder}/{name}_{rank}.pt")
-    distributed.destroy_process_group()
+IN_COMPANY = ["AutoencoderKL", "VQVAE", "U-Net"]
+
+
+def ddp_gradients(name):
+    _, recomputed, inputs = pair(name)
+    freeze_codebook(recomputed)
+    network = DistributedDataParallel(recomputed)
+    for _ in range(2):  # the second step meets the buckets that DDP rebuilt after the first
+        network.zero_grad()
+        rank_loss(network, inputs, distributed.get_rank()).backward()
+    return gradients(recomputed)
+
+
+def all_ddp_gradients():
+    return [ddp_gradients(name) for name in IN_COMPANY]
 
 
 def test_two_ddp_processes_have_the_mean_of_their_gradients(tmp_path):
-    multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
-    for name in IN_COMPANY:
+    ranks = on_two_ranks(all_ddp_gradients, tmp_path)
+    for name, *averaged in zip(IN_COMPANY, *ranks, strict=True):
         plain, _, inputs = pair(name)
         freeze_codebook(plain)
-        for rank in range(2):
-            (rank_loss(plain, inputs, rank) / 2).backward()
-        for rank in range(2):
-            assert_equal_gradients(torch.load(tmp_path / f"{name}_{rank}.pt"), gradients(plain))
+        for rank in range(NUM_RANKS):
+            (rank_loss(plain, inputs, rank) / NUM_RANKS).backward()
+        for own in averaged:
+            assert_equal_gradients(own, gradients(plain))
 
 
 # In the bundle
