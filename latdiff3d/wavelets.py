@@ -157,9 +157,11 @@ class WaveletAutoencoder(nn.Module):
 
     @torch.no_grad()
     def start_linear(self, images: Iterable[torch.Tensor]) -> None:
-        """Make the whole network the best linear code of `images`' blocks, with latents of unit variance.
+        """Make the whole network the best linear code of `images`' blocks.
 
         The linear path gets the leading principal components of the blocks; the network's last layers are set to 0.
+        Each latent starts with variance 1. A quantiser's latents share one scale instead, so that their mean variance
+        is 1 and a distance between codes is the error it makes in the volume.
 
         Args:
             images: batches (B, C, D, H, W).
@@ -190,10 +192,11 @@ class WaveletAutoencoder(nn.Module):
                 f"the training volumes' blocks vary in {int((variances > 0).sum())} directions only; expected at least "
                 f"latent_channels, {num_latents}. Look at the data with `latdiff3d doctor`."
             )
+        scale = std.square().mean().sqrt().expand_as(std) if hasattr(self, "quantizer") else std
         directions = components[:, -num_latents:].flip(1).T  # (latents, values)
-        encoder = (directions / std[:, None]).to(mean.device)
+        encoder = (directions / scale[:, None]).to(mean.device)
         _set(self.linear_encoder, encoder, -encoder @ mean)
-        _set(self.linear_decoder, (directions * std[:, None]).T, mean)
+        _set(self.linear_decoder, (directions * scale[:, None]).T, mean)
         for layer in (latent_layer(self.network), last_convolution(self.network.decoder)):
             _set(layer, torch.zeros_like(layer.weight), torch.zeros(layer.out_channels))
 

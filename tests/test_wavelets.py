@@ -10,6 +10,7 @@ from monai.networks.nets import AutoencoderKL
 from latdiff3d.errors import InputError
 from latdiff3d.linear_codes import BlockPCA
 from latdiff3d.networks import check_crop, downsampling, last_convolution, last_layer, narrow_posterior
+from latdiff3d.quantization import VQAutoencoder
 from latdiff3d.wavelets import LinearStart, WaveletAutoencoder, haar, inverse_haar, with_stem
 
 IMAGE_CHANNELS, LATENTS = 2, 3
@@ -34,6 +35,23 @@ def inner(num_bands=8 * IMAGE_CHANNELS, channels=(8, 8)):
 
 def autoencoder():
     return WaveletAutoencoder(inner(), 1, IMAGE_CHANNELS)
+
+
+def vq_autoencoder():
+    torch.manual_seed(0)
+    network = VQAutoencoder(
+        spatial_dims=3,
+        in_channels=8 * IMAGE_CHANNELS,
+        out_channels=8 * IMAGE_CHANNELS,
+        channels=(8,),
+        num_res_layers=1,
+        num_res_channels=(8,),
+        downsample_parameters=(2, 4, 1, 1),
+        upsample_parameters=(2, 4, 1, 1, 0),
+        n_embed=16,
+        embed_dim=LATENTS,
+    )
+    return WaveletAutoencoder(network, 1, IMAGE_CHANNELS)
 
 
 def smooth_volumes(count=4, size=16):
@@ -132,6 +150,17 @@ def test_its_latents_start_with_unit_variance_over_the_training_volumes():
     latents = network.encode(volumes)[0].detach().transpose(0, 1).flatten(1)
     assert torch.allclose(latents.mean(1), torch.zeros(LATENTS), atol=1e-3)
     assert torch.allclose(latents.std(1), torch.ones(LATENTS), atol=1e-2)
+
+
+def test_a_quantisers_latents_start_on_one_scale_on_which_distances_are_errors_of_the_volume():
+    network, volumes = vq_autoencoder(), smooth_volumes()
+    network.start_linear([volumes])
+    latents, _ = network.encode(volumes)
+    assert latents.transpose(0, 1).flatten(1).var(1).mean().item() == pytest.approx(1, rel=1e-2)
+    step = torch.randn_like(latents)
+    moved = network.linear_decoder(latents + step) - network.linear_decoder(latents)
+    one_unit = network.linear_decoder.weight[:, 0].norm()
+    assert moved.norm().item() == pytest.approx((one_unit * step.norm()).item(), rel=1e-4)
 
 
 def test_from_there_it_learns_what_a_linear_code_cannot():
