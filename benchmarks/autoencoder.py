@@ -257,7 +257,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         curve = results["arms"][arm]["curve"]
         axes.plot([p["seconds"] / 60 for p in curve], [p["psnr_db"] for p in curve], "o-", ms=3, label=names[arm])
     axes.axhline(results["pca_db"], color="grey", ls="--", lw=1, label="block PCA")
-    axes.set_xlabel("training time, minutes on two cores")
+    axes.set_xlabel("training time, minutes")
     axes.set_ylabel("validation PSNR, dB")
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
