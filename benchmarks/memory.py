@@ -139,8 +139,9 @@ def random_batch(stage: str, edge: int, parser: Any) -> dict[str, Any]:
         image = torch.rand(num, parser.get_parsed_content("num_channels"), *shape)
         return {"image": image, "valid": torch.ones(num, 1, *shape)}
     mean = torch.randn(num, parser.get_parsed_content("latent_channels"), *shape)
-    condition = torch.rand(num, parser.get_parsed_content("condition_channels"), *shape)
-    return {"mean": mean, "std": torch.full_like(mean, 0.1), "condition": condition}
+    voxels = [edge * parser.get_parsed_content("codec").factor] * 3
+    mask = torch.randint(parser.get_parsed_content("num_classes"), (num, 1, *voxels), dtype=torch.uint8)
+    return {"mean": mean, "std": torch.full_like(mean, 0.1), "mask": mask}
 
 
 def memory_now(device: Any) -> int:

@@ -57,7 +57,15 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (_is_count, "a whole number from 1 on"),
     "max_epochs": (_is_count, "a whole number from 1 on"),
     "val_interval": (_is_count, "a whole number from 1 on"),
-    "latent_crops": (_is_natural, "a whole number from 0 on"),
+    "encode": (lambda value: value in ("cached", "on_the_fly"), "cached or on_the_fly"),
+    "encode_memory_gb": (
+        lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
+        "GB above 0, or null for as much as it takes",
+    ),
+    "flips": (
+        lambda value: isinstance(value, list) and all(_is_natural(v) and v < 3 and value.count(v) == 1 for v in value),
+        "a list of axes, each of 0, 1 and 2 at most once, such as [0]",
+    ),
     "num_workers": (_is_natural, "a whole number from 0 on"),
     "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),

@@ -1,14 +1,71 @@
 """What the processes of one run agree on: sums, means and gradients over all ranks; on one process, nothing to do."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+
+from latdiff3d.errors import InputError, place_error, root_input_error
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 def num_ranks() -> int:
     """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number among them, from 0 on."""
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
+def gather(value: T) -> list[T]:
+    """Return what each rank gives, in the order of the ranks; who comes first waits for the last."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(call: Callable[[], T]) -> list[T]:
+    """Return what `call` returns on each rank; nobody goes on before all are there.
+
+    Raises:
+        InputError: on all ranks, what one of them refuses, so that none waits in vain.
+    """
+    result: Any = None
+    cause: Exception | None = None
+    mistake: InputError | None = None
+    try:
+        result = call()
+    except Exception as error:
+        cause, mistake = error, root_input_error(error) or place_error(error)
+        if mistake is None:
+            raise
+    for problem in gather(None if mistake is None else str(mistake)):
+        if problem is not None:
+            raise InputError(problem) from cause
+    return gather(result)
+
+
+def shared(things: Sequence[K], function: Callable[[K], T]) -> dict[K, T]:
+    """Return `function` of each thing on all ranks, each doing its share, in threads.
+
+    Raises:
+        InputError: see `together`.
+    """
+
+    def own_share() -> dict[K, T]:
+        own = things[rank() :: num_ranks()]
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(own, pool.map(function, own), strict=True))
+
+    return {thing: value for share in together(own_share) for thing, value in share.items()}
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

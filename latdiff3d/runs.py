@@ -23,7 +23,7 @@ from latdiff3d.quality import PAGE
 
 CONFIG_FILE = "config.yaml"
 # May differ between a run and its continuation.
-NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root")
+NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root", "latent_cache", "encode_memory_gb")
 
 
 def begin(*files: str) -> None:

@@ -111,8 +111,8 @@ class AutoencoderValidation:
 class DiffusionStep:
     """A regression on latents: noise them to a random time and ask the denoiser what `objective` wants.
 
-    A batch holds either `mean` and `std`, moments of the normalised posterior, and `condition` (see latents.py), or
-    `image` and `mask`, which are then encoded here.
+    A batch holds `mean` and `std`, moments of the normalised posterior (see latents.py), or `image`, which is then
+    encoded here; beside them `mask`, for a conditioned model.
     """
 
     denoiser: nn.Module
@@ -176,9 +176,9 @@ def latent_batch(
     """Return posterior mean, std and condition of a batch, from the cache's entries or by encoding its images."""
     if "mean" in batch:
         mean, std = to_device(device, batch["mean"], batch["std"])
-        return mean, std, to_device(device, batch["condition"])[0] if "condition" in batch else None
-    [image] = to_device(device, batch["image"])
-    mean, std = codec.encode(image)
+    else:
+        [image] = to_device(device, batch["image"])
+        mean, std = codec.encode(image)
     return mean, std, condition(*to_device(device, batch["mask"])) if "mask" in batch else None
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, RandomizableTransform, SpatialCrop
+from monai.transforms import Flip, MapTransform, RandomizableTransform, SpatialCrop
 from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import TransformBackends, convert_to_numpy, convert_to_tensor, ensure_tuple
 
@@ -18,6 +18,8 @@ from latdiff3d.readers import CHANNEL_FILES, Header, file_label, read_volume
 
 # Outside a skull-stripped brain every voxel is the same; inside, no single value of a real scan comes near this share.
 BACKGROUND_FRACTION = 0.1
+
+Box = tuple[np.ndarray, np.ndarray]  # first and end voxel (exclusive) of a region, (3,) each
 
 _TORCH = [TransformBackends.TORCH]
 _NUMPY = [TransformBackends.NUMPY]
@@ -211,24 +213,16 @@ class ForegroundCropd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         size = np.array(d[self.source_key].shape[1:])
-        lowest, highest = self._range_of_starts(d[self.source_key])
-        start = np.clip(self._choose(lowest, highest, size - self.roi_size), 0, size - self.roi_size)
+        if (size < self.roi_size).any():
+            raise ValueError(f"the volume is {size.tolist()}; pad it to at least {self.roi_size.tolist()} first.")
+        start = self._start(foreground_box(d[self.source_key]), size)
         crop = SpatialCrop(roi_start=start.tolist(), roi_end=(start + self.roi_size).tolist())
         for key in self.key_iterator(d):
             d[key] = crop(d[key])
         return d
 
-    def _choose(self, lowest: np.ndarray, highest: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return (lowest + highest) // 2
-
-    def _range_of_starts(self, image: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the window's first and last start per axis: inside the foreground's box, or all of the box inside."""
-        size = np.array(image.shape[1:])
-        if (size < self.roi_size).any():
-            raise ValueError(f"the volume is {size.tolist()}; pad it to at least {self.roi_size.tolist()} first.")
-        first, end = generate_spatial_bounding_box(image, allow_smaller=True)
-        ends = np.sort([np.array(first), np.array(end) - self.roi_size], axis=0)
-        return ends[0], ends[1]
+    def _start(self, box: Box, size: np.ndarray) -> np.ndarray:
+        return centred_start(box, self.roi_size, size)
 
 
 class RandForegroundCropd(RandomizableTransform, ForegroundCropd):
@@ -240,9 +234,62 @@ class RandForegroundCropd(RandomizableTransform, ForegroundCropd):
         ForegroundCropd.__init__(self, keys, source_key, roi_size, allow_missing_keys)
         RandomizableTransform.__init__(self, prob=1.0)
 
-    def _choose(self, lowest: np.ndarray, highest: np.ndarray, last: np.ndarray) -> np.ndarray:
-        ends = zip(np.clip(lowest, 0, last), np.clip(highest, 0, last), strict=True)
-        return np.array([self.R.randint(low, high + 1) for low, high in ends])
+    def _start(self, box: Box, size: np.ndarray) -> np.ndarray:
+        return random_start(box, self.roi_size, size, self.R)
+
+
+class RandFlipsd(RandomizableTransform, MapTransform):
+    """Mirror along each of `axes` with probability ½, whatever the others do.
+
+    Args:
+        keys: what to mirror, together.
+        axes: of D, H and W, counted from 0.
+    """
+
+    backend = _TORCH
+
+    def __init__(self, keys: KeysCollection, axes: Sequence[int], allow_missing_keys: bool = False) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+        self.axes = tuple(axes)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        chosen = [axis for axis in self.axes if self.R.randint(2)]
+        if chosen:
+            for key in self.key_iterator(d):
+                d[key] = Flip(spatial_axis=chosen)(d[key])
+        return d
+
+
+def foreground_box(image: NdarrayOrTensor) -> Box:
+    """Return first and end voxel (exclusive) of what is above 0 in any channel of `image` (C, D, H, W)."""
+    first, end = generate_spatial_bounding_box(image, allow_smaller=True)
+    return np.array(first), np.array(end)
+
+
+def centred_start(box: Box, roi_size: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Return where a window of `roi_size` around the middle of the foreground's `box` begins.
+
+    Args:
+        box: see `foreground_box`; in any unit that the others are in, voxels or latent cells.
+        roi_size: (3,), of the window.
+        size: (3,), of the volume, at least that.
+    """
+    lowest, highest = _range_of_starts(box, roi_size)
+    return np.clip((lowest + highest) // 2, 0, size - roi_size)
+
+
+def random_start(box: Box, roi_size: np.ndarray, size: np.ndarray, random_state: np.random.RandomState) -> np.ndarray:
+    """Return where a window inside the foreground's `box`, or around all of it, begins; see `centred_start`."""
+    ends = [np.clip(end, 0, size - roi_size) for end in _range_of_starts(box, roi_size)]
+    return np.array([random_state.randint(low, high + 1) for low, high in zip(*ends, strict=True)])
+
+
+def _range_of_starts(box: Box, roi_size: np.ndarray) -> np.ndarray:
+    """Return the window's first and last start per axis: inside the foreground's box, or all of the box inside."""
+    first, end = box
+    return np.sort([first, end - roi_size], axis=0)
 
 
 def foreground_range(channel: np.ndarray, lower: float, upper: float) -> tuple[float | None, float, float]:

@@ -279,7 +279,8 @@ SETTINGS = [
         {"val_interval": 3},
         r"val_interval 3 is above max_epochs 2; expected a validation before the end",
     ),
-    ("fewer than no crops", "diffusion", {"latent_crops": -1}, r"latent_crops is -1; expected a whole number from 0"),
+    ("a fourth axis", "diffusion", {"flips": [3]}, r"flips is \[3\]; expected a list of axes, each of 0, 1 and 2"),
+    ("no way to encode", "diffusion", {"encode": "no"}, r"encode is 'no'; expected cached or on_the_fly"),
     ("fewer than no workers", "autoencoder", {"num_workers": -1}, r"num_workers is -1; expected a whole number from 0"),
     ("a seed below 0", "autoencoder", {"seed": -1}, r"seed is -1; expected a whole number from 0 on"),
     ("a seed in words", "diffusion", {"seed": "lucky"}, r"seed is 'lucky'; expected a whole number from 0 on"),
@@ -353,10 +354,10 @@ def test_voxels_that_are_not_cached_are_told_when_they_are_loaded(data, tmp_path
     assert re.fullmatch(rf"error: {CASE}/{CASE}_t1\.nii\.gz has 1 NaN of 4096 voxels; expected finite .*", line), line
 
 
-@pytest.mark.parametrize("latent_crops", [0, 1], ids=["encoded at every step", "encoded once"])
-def test_stage_2_tells_uncached_voxels_too(data, tiny_runs, tmp_path, latent_crops):
+@pytest.mark.parametrize("encode", ["on_the_fly", "cached"])
+def test_stage_2_tells_uncached_voxels_too(data, tiny_runs, tmp_path, encode):
     with_value(float("nan"), "t1")(data)
-    settings = {"first_stage": str(tiny_runs.autoencoder), "cache_rate": 0, "latent_crops": latent_crops}
+    settings = {"first_stage": str(tiny_runs.autoencoder), "cache_rate": 0, "encode": encode}
     ended = train_here("diffusion", data, tmp_path / "runs", "x", **settings)
     assert ended.code == 2 and "Traceback" not in ended.err, ended
     line = ended.err.strip().split("\n")[-1]
@@ -383,9 +384,12 @@ def test_a_file_in_the_way_of_the_run_is_told(phantoms, tmp_path, in_the_way):
 )
 def test_stage_2_tells_it_too(data, tiny_runs, tmp_path, break_it, words):
     break_it(data)
-    line = refused(train_here("diffusion", data, tmp_path / "runs", "x", first_stage=str(tiny_runs.autoencoder)))
+    ended = train_here("diffusion", data, tmp_path / "runs", "x", first_stage=str(tiny_runs.autoencoder))
+    assert ended.code == 2 and "Traceback" not in ended.err, ended
+    line = ended.err.strip().split("\n")[-1]  # below the encoding's progress bar
+    assert line.startswith("error: ")
     assert re.search(words, line), line
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "x").exists()
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5])

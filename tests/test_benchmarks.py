@@ -1,9 +1,10 @@
 """The benchmarks run from their command line and end in a JSON object; what they measure is their own affair."""
 
 import json
+import shutil
 
 import yaml
-from conftest import TINY_AUTOENCODER, run_process
+from conftest import TINY, TINY_AUTOENCODER, run_process
 
 
 def last_line(ended):
@@ -28,6 +29,18 @@ def test_sharpness_goes_on_from_a_run_in_both_arms(tiny_runs):
     figures = last_line(ended)
     assert "the perceptual term is left out" in ended.out
     assert figures["steps"] >= 1 and figures["on_spectrum_ratio"] > 0
+
+
+def test_training_from_the_cache_races_training_that_encodes(tiny_runs, tmp_path):
+    overlay, run = tmp_path / "tiny.yaml", tmp_path / "first"
+    overlay.write_text(yaml.safe_dump({k: v for k, v in TINY["diffusion"].items() if "epochs" not in k}))
+    shutil.copytree(tiny_runs.autoencoder, run)
+    words = ("--data", tiny_runs.data, "--config", overlay, "--run", run, "--short")
+    ended = run_process("benchmarks/diffusion.py", *words)
+    figures = last_line(ended)
+    assert figures["train_speedup"] > 0 and figures["train_speedup_same_codec"] > 0 and figures["cache_s"] > 0
+    assert "6 to encode" in ended.out
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["first", "tiny.yaml"]  # the cache is gone
 
 
 def test_a_benchmark_of_no_time_is_refused(phantoms, tmp_path):

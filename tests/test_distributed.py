@@ -6,10 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from monai.networks.nets import AutoencoderKL, PatchDiscriminator
+from ranks import on_two_ranks
 from torch import distributed as dist
 from torch import nn
 
-from latdiff3d.distributed import average_gradients, mean_over_ranks, num_ranks, sum_over_ranks
+from latdiff3d.distributed import (
+    average_gradients,
+    gather,
+    mean_over_ranks,
+    num_ranks,
+    rank,
+    shared,
+    sum_over_ranks,
+    together,
+)
+from latdiff3d.errors import InputError
 from latdiff3d.losses import AutoencoderLoss
 from latdiff3d.networks import downsampling
 from latdiff3d.perceptual import FeatureDistance, Perceptual
@@ -17,22 +28,8 @@ from latdiff3d.quantization import VQAutoencoder
 from latdiff3d.training import AutoencoderStep
 from latdiff3d.wavelets import WaveletAutoencoder
 
-NUM_RANKS = 2
 LATENTS = 2
 KINDS = ["kl", "vq_ema", "vq_gradient", "wavelet_kl", "wavelet_vq"]
-
-
-def on_two_ranks(worker, folder, *args):
-    """Run `worker(*args)` in two gloo processes and return what each returns."""
-    torch.multiprocessing.spawn(_rank, (worker, folder, args), nprocs=NUM_RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_RANKS)]
-
-
-def _rank(rank, worker, folder, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=NUM_RANKS)
-    torch.save(worker(*args), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 # Sums and means
@@ -44,19 +41,39 @@ def _sums():
     layer = nn.Linear(1, 1)
     layer.weight.grad, layer.bias.grad = torch.full((1, 1), float(rank)), None
     average_gradients(layer.parameters())
-    return sum_over_ranks(own), mean_over_ranks(own), own, layer.weight.grad
+    return sum_over_ranks(own), mean_over_ranks(own), own, layer.weight.grad, _agreed()
+
+
+def _agreed():
+    """What the ranks tell each other, and that each hears what another refuses."""
+    done = []
+    shares = shared(["a", "bb", "ccc"], lambda word: (done.append(word), len(word))[1])
+
+    def refuse_on_the_second():
+        if rank() == 1:
+            raise InputError("the second rank's file is damaged.")
+
+    try:
+        together(refuse_on_the_second)
+    except InputError as error:
+        return gather(rank()), shares, done, str(error)
 
 
 def test_sums_and_means_are_over_the_ranks_and_leave_what_they_are_given(tmp_path):
-    for rank, (total, mean, own, gradient) in enumerate(on_two_ranks(_sums, tmp_path)):
+    for number, (total, mean, own, gradient, agreed) in enumerate(on_two_ranks(_sums, tmp_path)):
         assert total.tolist() == [3.0, 30.0] and mean.tolist() == [1.5, 15.0]
-        assert own.tolist() == [rank + 1.0, 10.0 * (rank + 1)]
+        assert own.tolist() == [number + 1.0, 10.0 * (number + 1)]
         assert gradient.tolist() == [[0.5]]
+        ranks, shares, done, refused = agreed
+        assert ranks == [0, 1] and shares == {"a": 1, "bb": 2, "ccc": 3}
+        assert done == [["a", "ccc"], ["bb"]][number]
+        assert refused == "the second rank's file is damaged."
 
 
 def test_one_process_is_one_rank_and_has_nothing_to_sum():
     own = torch.tensor([2.0], requires_grad=True)
-    assert num_ranks() == 1
+    assert num_ranks() == 1 and rank() == 0 and gather("x") == ["x"] == together(lambda: "x")
+    assert shared([1, 2], str) == {1: "1", 2: "2"}
     assert sum_over_ranks(own).tolist() == mean_over_ranks(own).tolist() == [2.0]
     assert not mean_over_ranks(own).requires_grad
 

@@ -258,6 +258,63 @@ def test_a_stopped_stage_2_goes_on_with_its_ema(phantoms, tiny_runs, tmp_path, m
     assert without_seconds(tmp_path / "whole" / "second") == without_seconds(tmp_path / "stopped" / "second")
 
 
+KILLED_WHILE_ENCODING = """
+import os, signal
+from latdiff3d import cli, codec
+encode, calls = codec.LatentCodec.encode, []
+def encode_or_die(*args):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(*args)
+codec.LatentCodec.encode = encode_or_die
+cli.main()
+"""
+
+
+def test_a_run_killed_while_encoding_goes_on_there_and_ends_as_if_it_had_not_been(phantoms, tiny_runs, tmp_path):
+    named = as_words({**TINY["diffusion"], "first_stage": str(tiny_runs.autoencoder)})
+    words = ["train", "diffusion", "--data", phantoms, "-l", tmp_path, "--name", "second", *named]
+    killed = run_process("-c", KILLED_WHILE_ENCODING, *words)
+    assert killed.code == -9, killed.err
+    assert not (tmp_path / "second" / "checkpoints").exists()
+    again = run_here(*words)
+    assert again.code == 0, again.err
+    assert "3 of 6 entries are there, 3 to encode" in again.out
+    assert_same(loaded(tmp_path / "second")["objects"], loaded(tiny_runs.diffusion)["objects"])
+
+
+def test_runs_on_one_codec_share_their_latents(phantoms, tiny_runs, tmp_path):
+    for name, seed, there in (("one", 0, 0), ("other", 1, 6)):
+        settings = {"first_stage": str(tiny_runs.autoencoder), "seed": seed, "max_epochs": 1}
+        ended = train_here("diffusion", phantoms, tmp_path, name, **settings)
+        assert ended.code == 0, ended.err
+        assert f"{there} of 6 entries are there, {6 - there} to encode" in ended.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latent_cache", "one", "other"]
+
+
+@pytest.mark.parametrize("encode", ["cached", "on_the_fly"])
+def test_flipped_training_is_the_same_with_workers_and_when_it_was_stopped(
+    phantoms, tiny_runs, tmp_path, monkeypatch, encode
+):
+    settings = {
+        "first_stage": str(tiny_runs.autoencoder), "crop_to": [8, 8, 8], "flips": [0], "encode": encode,
+        "batch_size": 2, "latent_cache": str(tmp_path / "latents"),
+    }  # fmt: skip
+    whole = train_here("diffusion", phantoms, tmp_path / "whole", "second", **settings)
+    assert whole.code == 0, whole.err
+    with monkeypatch.context() as patch:
+        patch.setattr(training.DiffusionStep, "__call__", raising(4, training.DiffusionStep.__call__))
+        with pytest.raises(RuntimeError):
+            train_here("diffusion", phantoms, tmp_path / "stopped", "second", **settings)
+    again = train_here("diffusion", phantoms, tmp_path / "stopped", "second", **settings)
+    workers = train_here("diffusion", phantoms, tmp_path / "workers", "second", num_workers=1, **settings)
+    assert again.code == 0 and workers.code == 0, again.err + workers.err
+    one, other, third = (loaded(tmp_path / name / "second", "last") for name in ("whole", "stopped", "workers"))
+    assert_same(one["objects"], other["objects"])
+    assert_same(one["objects"], third["objects"])
+
+
 def test_a_run_stopped_while_measuring_measures_when_it_goes_on(phantoms, tiny_runs, tmp_path, monkeypatch):
     def stop(self, batches):
         raise Stopped
@@ -563,7 +620,7 @@ def test_a_conditional_stage_2_runs_on_a_crop_that_is_no_cube_from_a_stage_1_tra
         "mask_mode": "coarse",
         "max_epochs": 1,
     }
-    ended = train_here("diffusion", phantoms, tmp_path, "second", latent_crops=2, **settings)
+    ended = train_here("diffusion", phantoms, tmp_path, "second", **settings)
     assert ended.code == 0, ended.err
     ended = run_here("sample", "-r", tmp_path / "second", "--mask", mask, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err

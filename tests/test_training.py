@@ -1,19 +1,16 @@
-"""The two iteration updates, what the evaluators measure, and latents encoded once."""
+"""The two iteration updates, and what the evaluators measure."""
 
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from monai.data import Dataset, MetaTensor
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
-from monai.transforms import RandFlipd
 
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import MaskCondition, NoCondition
 from latdiff3d.errors import InputError
-from latdiff3d.latents import encode_dataset
 from latdiff3d.losses import AutoencoderLoss
 from latdiff3d.objectives import Epsilon
 from latdiff3d.training import (
@@ -21,7 +18,6 @@ from latdiff3d.training import (
     AutoencoderValidation,
     DiffusionStep,
     DiffusionValidation,
-    latent_batch,
     with_condition,
 )
 
@@ -264,49 +260,3 @@ def test_the_condition_stands_behind_the_latents():
     assert both.shape == (2, LATENTS + CLASSES, 4, 4, 4)
     assert not both[:, :LATENTS].any() and both[:, LATENTS:].all()
     assert with_condition(latents, None) is latents
-
-
-# Latents encoded once
-
-
-def data_set(transform=None):
-    batch = volumes(3)
-    keys = ("image", "mask", "valid")
-    return Dataset(
-        [{"case": f"case_{k}", **{key: MetaTensor(batch[key][k]) for key in keys}} for k in range(3)], transform
-    )
-
-
-@CONDITIONS
-def test_encoded_latents_equal_those_encoded_at_each_step(codec, condition):
-    images = data_set()
-    latents = encode_dataset(images, codec, condition, num_crops=1, seed=0, device=CPU)
-    assert [entry["case"] for entry in latents] == ["case_0", "case_1", "case_2"]
-    for entry, case in zip(latents, images, strict=True):
-        cached = latent_batch({k: v[None] for k, v in entry.items() if k != "case"}, codec, condition, CPU)
-        fresh = latent_batch({k: case[k][None] for k in ("image", "mask")}, codec, condition, CPU)
-        for one, other in zip(cached, fresh, strict=True):
-            assert (one is None and other is None) or torch.equal(one, other)
-
-
-def test_no_crops_are_the_data_set_itself(codec):
-    images = data_set()
-    assert encode_dataset(images, codec, NoCondition(), num_crops=0, seed=0, device=CPU) is images
-
-
-def test_moments_are_kept_and_draws_differ(codec):
-    [entry, *_] = encode_dataset(data_set(), codec, NoCondition(), num_crops=1, seed=0, device=CPU)
-    assert set(entry) == {"case", "mean", "std"} and (entry["std"] > 0).all()
-
-
-def test_several_crops_differ_and_depend_on_the_seed_alone(codec):
-    def encoded(seed):
-        images = data_set(RandFlipd(["image", "mask"], prob=0.5, spatial_axis=0))
-        return encode_dataset(images, codec, MaskCondition(CLASSES, 2), num_crops=6, seed=seed, device=CPU)
-
-    one, again, other = encoded(0), encoded(0), encoded(1)
-    assert len(one) == 18
-    assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(one, again, strict=True))
-    assert not all(torch.equal(a["mean"], b["mean"]) for a, b in zip(one, other, strict=True))
-    of_case_0 = [entry["mean"] for entry in one if entry["case"] == "case_0"]
-    assert len({tuple(mean.flatten().tolist()) for mean in of_case_0}) == 2
