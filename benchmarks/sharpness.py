@@ -1,16 +1,19 @@
-"""What do the adversarial, feature-matching and perceptual terms change, from the same start?
+"""What do the adversarial, feature-matching, perceptual and spectral terms change, from the same start?
 
-    python benchmarks/sharpness.py --data DATA --run runs/ae [--segmenter runs/seg] [--minutes 6]
+    python benchmarks/sharpness.py --data DATA --run runs/ae [--segmenter runs/seg] [--minutes 6] [--each]
 
-Goes on from a finished stage 1 in two arms of `--minutes` each, on the same crops in the same order: with L1 + KL
-alone, and with all terms, the discriminator trained alone for the first `WARMUP` steps and ramped in after them. Prints
-for each check the PSNR in dB (own voxels, mean over the validation volumes) and the energy of the reconstructions above
-half the Nyquist frequency over the real volumes': 1 is right, below 0.7 is blurred. The perceptual term looks through
-the encoder of `--segmenter`; without one it is left out, and said so. The last line is a JSON object.
+Goes on from a finished stage 1 in arms of `--minutes` each, on the same crops in the same order, the learning rate
+falling to 0 by a cosine: with L1 + KL alone, and with all terms at the weights of configs/sharp.yaml, the
+discriminator trained alone for the first `WARMUP` steps and ramped in after them. `--each` adds an arm for each term
+alone. Prints for each check the PSNR in dB (own voxels, mean over the validation volumes) and the energy of the
+reconstructions above half the Nyquist frequency over the real volumes': 1 is right, below 0.7 is blurred. The
+perceptual term looks through the encoder of `--segmenter`; without one it is left out, and said so. The last line is a
+JSON object.
 """
 
 import argparse
 import json
+import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,7 @@ from monai.utils import set_determinism
 
 from latdiff3d import checkpoints
 from latdiff3d.cli import door
+from latdiff3d.config import CONFIG_FOLDER, read_yaml
 from latdiff3d.errors import InputError
 from latdiff3d.fidelity import own_voxels
 from latdiff3d.losses import AutoencoderLoss
@@ -32,8 +36,7 @@ from latdiff3d.segmentation import load_segmenter
 from latdiff3d.spectrum import high_frequency_energy
 from latdiff3d.training import AutoencoderValidation
 
-LEARNING_RATE, WARMUP, RAMP = 3e-4, 100, 200
-SHARP = {"disc_weight": 0.1, "feature_matching_weight": 0.2, "disc_start": WARMUP, "disc_ramp": RAMP}
+LEARNING_RATE, WARMUP = 3e-4, 100
 PERCEPTUAL_WEIGHT = 0.05
 NUM_CHECKS = 6
 
@@ -44,6 +47,7 @@ def main() -> None:
     arguments.add_argument("--data", required=True, help="the data set's folder")
     arguments.add_argument("--run", required=True, help="stage 1's run or checkpoint, the start of both arms")
     arguments.add_argument("--segmenter", help="run of a segmenter, for the perceptual term")
+    arguments.add_argument("--each", action="store_true", help="an arm for each term alone too")
     arguments.add_argument("--minutes", type=float, default=6, help="for each arm")
     given = arguments.parse_args()
     if given.minutes <= 0:
@@ -51,11 +55,10 @@ def main() -> None:
     perceptual = segmenter_perceptual(load_segmenter(given.segmenter)) if given.segmenter else None
     if perceptual is None:
         print("no --segmenter: the perceptual term is left out", flush=True)
-    sharp = {**SHARP, "perceptual": perceptual, "perceptual_weight": PERCEPTUAL_WEIGHT if perceptual else 0.0}
-    curves = {
-        name: continued(given, name, AutoencoderLoss(**loss))
-        for name, loss in (("off", {"disc_weight": 0.0}), ("on", sharp))
-    }
+    arms = losses(perceptual, each=given.each)
+    curves = {name: continued(given, name, AutoencoderLoss(**loss)) for name, loss in arms.items()}
+    for name, curve in curves.items():
+        print(f"{name:18}{curve[-1]['psnr_db']:8.2f} dB{curve[-1]['spectrum_ratio']:8.2f} of the real energy")
     start, off, on = curves["on"][0], curves["off"][-1], curves["on"][-1]
     print(
         json.dumps(
@@ -68,9 +71,24 @@ def main() -> None:
                 "on_spectrum_ratio": on["spectrum_ratio"],
                 "largest_fall_db": round(max(start["psnr_db"] - point["psnr_db"] for point in curves["on"]), 3),
                 "steps": on["step"],
+                "each": {name: curve[-1] for name, curve in curves.items() if name not in ("off", "on")},
             }
         )
     )
+
+
+def losses(perceptual: Any, each: bool) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `AutoencoderLoss` for each arm."""
+    overlay = read_yaml(CONFIG_FOLDER / "sharp.yaml")
+    sharp = {key.removeprefix("loss::"): value for key, value in overlay.items() if key.startswith("loss::")}
+    schedule = {"disc_start": WARMUP, "disc_ramp": sharp.pop("disc_ramp")}
+    if perceptual is not None:
+        sharp["perceptual_weight"] = PERCEPTUAL_WEIGHT
+    alone = {weight.removesuffix("_weight"): {weight: value} for weight, value in sharp.items()} if each else {}
+    arms: dict[str, dict[str, Any]] = {"off": {}, "on": sharp, **alone}
+    for arm in arms.values():
+        arm["perceptual"] = perceptual if "perceptual_weight" in arm else None
+    return {name: {"disc_weight": 0.0, **schedule, **arm} for name, arm in arms.items()}
 
 
 def continued(given: argparse.Namespace, name: str, loss: AutoencoderLoss) -> list[dict[str, float]]:
@@ -83,8 +101,6 @@ def continued(given: argparse.Namespace, name: str, loss: AutoencoderLoss) -> li
     checkpoints.load_weights(parser.get_parsed_content("codec"), content["objects"]["codec"], str(path))
     step = parser.get_parsed_content("train::step")
     step.loss = loss
-    for group in step.optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
     dataset = parser.get_parsed_content("train::dataset")
     loader = DataLoader(dataset, batch_size=1, shuffle=True, generator=torch.Generator().manual_seed(0))
     curve, spent, iteration, batches = [measured(step, parser, 0, 0.0)], 0.0, 0, iter(())
@@ -95,6 +111,8 @@ def continued(given: argparse.Namespace, name: str, loss: AutoencoderLoss) -> li
             continue
         began = time.monotonic()
         iteration += 1
+        for group in step.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * min(1.0, spent / (60 * given.minutes))))
         step(SimpleNamespace(state=SimpleNamespace(iteration=iteration)), batch)
         spent += time.monotonic() - began
         if spent >= len(curve) * given.minutes * 60 / NUM_CHECKS:
@@ -118,7 +136,7 @@ def measured(step: Any, parser: ConfigParser, iteration: int, seconds: float) ->
         "step": iteration,
         "seconds": round(seconds, 1),
         "psnr_db": round(float(np.mean(psnr_db)), 3),
-        "spectrum_ratio": round(energy / real_energy, 3),
+        "spectrum_ratio": round(float(energy / real_energy), 3),
     }
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from latdiff3d.distributed import mean_over_ranks
 from latdiff3d.errors import InputError
+from latdiff3d.spectral_loss import spectral_distance
 
 # Keeps the adaptive weight finite where the discriminator's gradient vanishes, and bounded where it nearly does;
 # both values from Esser et al. 2021, arXiv:2012.09841, and its code.
@@ -50,8 +51,8 @@ class AutoencoderLoss:
 
     Args:
         reconstruction: "l1" or "l2", the mean absolute or squared error over a volume's own voxels. CompVis has L1.
-        logvar_init: the reconstruction and perceptual terms are divided by exp(logvar_init). CompVis declares it a
-            parameter that no optimiser holds, so there too it is a constant; it adds the constant to the loss.
+        logvar_init: the reconstruction, perceptual and spectral terms are divided by exp(logvar_init). CompVis declares
+            it a parameter that no optimiser holds, so there too it is a constant; it adds the constant to the loss.
         kl_weight: weight of the KL divergence of the posterior from a standard normal.
         kl_reduction: "mean" over latent elements, or "sum" over a volume's latent elements and mean over the batch
             (MONAI's tutorials): the same `kl_weight` then weighs more by the number of latent elements. CompVis sums
@@ -61,6 +62,7 @@ class AutoencoderLoss:
         commitment_weight: VQ: weight of the commitment term relative to the codebook's; CompVis' beta.
         perceptual_weight: weight of `perceptual`.
         perceptual: a module that compares (reconstruction, image), see perceptual.py; goes with a weight above 0.
+        spectrum_weight: weight of `spectral_distance`, the missing energy at high frequencies.
         adversarial: "hinge" (Lim & Ye 2017, arXiv:1705.02894) or "least_squares" (Mao et al. 2017, arXiv:1611.04076).
         disc_weight: weight of the adversarial term, after the adaptive weight.
         feature_matching_weight: weight of the mean absolute difference of the discriminator's hidden features (Wang
@@ -86,6 +88,7 @@ class AutoencoderLoss:
         commitment_weight: float = 0.25,
         perceptual_weight: float = 0.0,
         perceptual: nn.Module | None = None,
+        spectrum_weight: float = 0.0,
         adversarial: str = "hinge",
         disc_weight: float = 0.1,
         feature_matching_weight: float = 0.0,
@@ -115,6 +118,7 @@ class AutoencoderLoss:
         self.commitment_weight = commitment_weight
         self.perceptual_weight = perceptual_weight
         self.perceptual = perceptual
+        self.spectrum_weight = spectrum_weight
         self.adversarial = adversarial
         self.disc_weight = disc_weight
         self.feature_matching_weight = feature_matching_weight
@@ -126,7 +130,7 @@ class AutoencoderLoss:
     def reconstruction_terms(
         self, reconstruction: torch.Tensor, image: torch.Tensor, valid: torch.Tensor, shown: torch.Tensor
     ) -> Terms:
-        """Return the reconstruction term and, if it has a weight, the perceptual one.
+        """Return the reconstruction term and, if they have a weight, the perceptual and the spectral one.
 
         Args:
             reconstruction: (B, C, D, H, W).
@@ -140,6 +144,9 @@ class AutoencoderLoss:
         if self.perceptual is not None and self.perceptual_weight > 0:
             weight = self.perceptual_weight * self.reconstruction_weight
             terms.add("perceptual", self.perceptual(shown, image), weight)
+        if self.spectrum_weight > 0:
+            weight = self.spectrum_weight * self.reconstruction_weight
+            terms.add("spectrum", spectral_distance(reconstruction, image, valid), weight)
         return terms
 
     def add_regularisation(self, terms: Terms, *latents: Any) -> None:

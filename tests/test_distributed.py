@@ -115,7 +115,7 @@ def _gradients(kind):
     seen = nn.Sequential(nn.Conv3d(1, 4, 3), nn.Softplus()), nn.Conv3d(4, 4, 3)
     loss = AutoencoderLoss(
         kl_weight=0.1, perceptual_weight=0.5, perceptual=Perceptual(FeatureDistance(seen), lambda x, image: x),
-        disc_weight=0.3, feature_matching_weight=0.2, disc_start=1, disc_warmup=0,
+        spectrum_weight=0.2, disc_weight=0.3, feature_matching_weight=0.2, disc_start=1, disc_warmup=0,
     )  # fmt: skip
     image, noise = torch.rand(2, 1, 16, 16, 16), torch.randn(2, LATENTS, *(16 // downsampling(autoencoder),) * 3)
     valid = torch.ones_like(image)
@@ -151,7 +151,7 @@ def rank_gradients(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_have_the_gradients_of_one_with_the_joint_batch(rank_gradients, kind):
     joint = _gradients(kind)
-    names = {"l1", "perceptual", "adversarial", "feature_matching", "adaptive_weight", "discriminator"}
+    names = {"l1", "perceptual", "spectrum", "adversarial", "feature_matching", "adaptive_weight", "discriminator"}
     assert names | ({"kl"} if kind.endswith("kl") else {"commitment"}) <= set(joint["terms"])
     for ours in (gradients[kind] for gradients in rank_gradients):
         for own, expected in zip(ours["gradients"], joint["gradients"], strict=True):
