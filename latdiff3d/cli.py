@@ -52,12 +52,14 @@ def sample(
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
     num_samples: Annotated[int, typer.Option("-n", help="volumes for each mask")] = 1,
     seed: Annotated[int, typer.Option(help="of the first volume's noise")] = 0,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpm_solver++, euler or heun")] = None,
     steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="how hard the mask pulls; default: the config's")] = None,
     grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
 ) -> None:
     """Make synthetic volumes that lie on masks."""
-    run_sampling(model, out, mask, data, split, num_samples, seed, steps, grid, gpus)
+    run_sampling(model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler)
 
 
 @app.command()
@@ -103,6 +105,8 @@ def run_sampling(
     steps: int | None,
     grid: str,
     gpus: str | None,
+    guidance: float | None,
+    sampler: str | None,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
@@ -117,7 +121,7 @@ def run_sampling(
         raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
-    loaded = synthesis.Model.load(model, steps, gpus)
+    loaded = synthesis.Model.load(model, steps, gpus, guidance, sampler)
     if data is not None:
         masks: list[Any] = [case["mask"] for case in synthesis.cases_of_split(loaded, data, split)]
     else:

@@ -40,6 +40,25 @@ class MaskCondition:
         return F.avg_pool3d(one_hot, self.factor)
 
 
+def null_like(condition: torch.Tensor) -> torch.Tensor:
+    """Return the condition that says nothing, of the shape of `condition` (B, K, D, H, W): no label anywhere.
+
+    No mask gives it, for its fractions sum to 1 everywhere, the background's among them.
+    """
+    return torch.zeros_like(condition)
+
+
+def dropped(condition: torch.Tensor, probability: float) -> torch.Tensor:
+    """Return `condition` (B, K, D, H, W) with each volume's replaced by the null with `probability`.
+
+    A denoiser trained so has learnt both predictions that classifier-free guidance needs.
+    """
+    if probability == 0:
+        return condition
+    keep = torch.rand(len(condition), device=condition.device) >= probability
+    return torch.where(keep.view(-1, 1, 1, 1, 1), condition, null_like(condition))
+
+
 class NoCondition:
     """The unconditional model: nothing is concatenated."""
 

@@ -16,6 +16,7 @@ import yaml
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 
 from latdiff3d.errors import InputError
+from latdiff3d.noise_schedules import SPACINGS, TIME_DISTRIBUTIONS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_BUNDLE = REPOSITORY / "bundles" / "brats_mask_ldm"
@@ -69,6 +70,16 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_workers": (_is_natural, "a whole number from 0 on"),
     "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),
+    "time_distribution": (lambda value: value in TIME_DISTRIBUTIONS, f"one of {', '.join(TIME_DISTRIBUTIONS)}"),
+    "min_snr_gamma": (
+        lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
+        "a number above 0, such as 5, or null",
+    ),
+    "sampling_spacing": (lambda value: value in SPACINGS, f"one of {', '.join(SPACINGS)}"),
+    "condition_dropout": (
+        lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
+        "a probability from 0 to below 1, such as 0.1",
+    ),
     "latent_channels": (_is_count, "a whole number from 1 on"),
     "initial_posterior_std": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
     "seed": (_is_natural, "a whole number from 0 on"),

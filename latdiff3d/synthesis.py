@@ -1,7 +1,7 @@
 """Masks in, volumes out: a trained model's checkpoint becomes something that samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import MaskCondition, NoCondition
 from latdiff3d.devices import autocast, device
 from latdiff3d.errors import InputError
+from latdiff3d.guidance import Guidance
 from latdiff3d.handlers import progress_bar
 from latdiff3d.networks import downsampling
-from latdiff3d.objectives import Epsilon
+from latdiff3d.noise_schedules import schedule_of
+from latdiff3d.objectives import Objective, check_objective
 from latdiff3d.training import latent_batch, with_condition
 from latdiff3d.volumes import (
     ModelGrid,
@@ -33,26 +35,35 @@ from latdiff3d.volumes import (
 
 @dataclass
 class Synthesizer:
-    """Noise and condition → latents by DDIM → volumes.
+    """Noise and condition → latents → volumes.
 
     Args:
-        num_steps: how often the denoiser is called for a volume.
+        num_steps: of the sampler; the denoiser is called as often for a volume, twice as often where guidance acts.
+        guidance: how strongly samples are pushed towards their condition.
+        sampler: one of `samplers.SAMPLERS`.
+        spacing: of the steps, one of `noise_schedules.SPACINGS`.
 
     Raises:
-        InputError: for a number of steps that the noise schedule does not have.
+        InputError: for a sampler, a number of steps or an objective that the noise schedule does not go with.
     """
 
     denoiser: nn.Module
     codec: LatentCodec
     condition: MaskCondition | NoCondition
     noise_schedule: nn.Module
-    objective: Epsilon
+    objective: Objective
     device: torch.device
     precision: str = "bf16"
     num_steps: int = 50
+    guidance: Guidance = field(default_factory=Guidance)
+    sampler: str = "ddim"
+    spacing: str = "linear"
 
     def __post_init__(self) -> None:
-        self.times = samplers.time_pairs(self.num_steps, len(samplers.alphas_cumprod(self.noise_schedule)))
+        self.schedule = schedule_of(self.noise_schedule)
+        check_objective(self.objective, self.noise_schedule)
+        self.times = self.schedule.times(self.num_steps, self.spacing)
+        self.solve = samplers.sampler_for(self.sampler, self.schedule)
 
     def __call__(self, batch: Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Return volumes (B, C, D, H, W) for the conditions of a batch as stage 2 trains on."""
@@ -71,17 +82,20 @@ class Synthesizer:
             seeds: one a volume; its noise depends on it alone.
         """
         self.denoiser.eval()
-        noise = torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        alpha_bars = samplers.alphas_cumprod(self.noise_schedule).to(self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
         condition = None if condition is None else condition.to(self.device)
 
-        def split(z: torch.Tensor, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-            timesteps = torch.full((len(z),), t, device=z.device)
-            with autocast(self.device, self.precision):
-                prediction = self.denoiser(with_condition(z, condition), timesteps).float()
-            return self.objective.split(prediction, z, alpha_bars[t])
+        def split(z: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+            def predict(noisy: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+                timesteps = torch.full((len(noisy),), t, device=noisy.device)
+                with autocast(self.device, self.precision):
+                    return self.denoiser(with_condition(noisy, given), timesteps).float()
 
-        latents = samplers.ddim(split, noise.to(self.device), self.times, alpha_bars)
+            alpha, sigma = (level.to(z) for level in self.schedule.alpha_sigma(torch.tensor(t, device=z.device)))
+            return self.objective.split(self.guidance(predict, z, condition, sigma.item()), z, alpha, sigma)
+
+        latents = self.solve(split, noise.to(self.device), self.times, self.schedule, generators=generators)
         return self.codec.decode(latents).clamp(0, 1)
 
 
@@ -123,21 +137,33 @@ class Model:
     spacing_mm: list[float]
 
     @classmethod
-    def load(cls, place: str | Path, num_steps: int | None = None, gpus: str | None = None) -> "Model":
+    def load(
+        cls,
+        place: str | Path,
+        num_steps: int | None = None,
+        gpus: str | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+    ) -> "Model":
         """Read a checkpoint, or the best one of a run's folder.
 
         Args:
             place: the .pt file or the folder.
             num_steps: of the sampler; the configuration's where None.
             gpus: the number of one GPU; see `devices.device`.
+            guidance: its scale; the configuration's where None.
+            sampler: one of `samplers.SAMPLERS`; the configuration's where None.
 
         Raises:
-            InputError: no such checkpoint, damaged, or of stage 1.
+            InputError: no such checkpoint, damaged, or of stage 1; guidance that it was not trained for.
         """
         path = checkpoints.find(place)
         content = checkpoints.load(path, "diffusion")
         parser = ConfigParser(yaml.safe_load(content["config"]))
         parser["device"] = device(gpus)
+        for key, value in (("guidance", guidance), ("sampler", sampler), ("sampling_steps", num_steps)):
+            if value is not None:
+                parser[key] = value
         parser.parse(True)
         denoiser, codec = parser.get_parsed_content("denoiser"), parser.get_parsed_content("codec")
         checkpoints.load_weights(denoiser, content["objects"]["ema"], str(path))
@@ -150,7 +176,10 @@ class Model:
             parser.get_parsed_content("objective"),
             parser.get_parsed_content("device"),
             parser.get_parsed_content("precision"),
-            parser.get_parsed_content("sampling_steps") if num_steps is None else num_steps,
+            parser.get_parsed_content("sampling_steps"),
+            parser.get_parsed_content("guided"),
+            parser.get_parsed_content("sampler"),
+            parser.get_parsed_content("sampling_spacing"),
         )
         return cls(
             path,
@@ -244,8 +273,9 @@ def sample_to_folder(
                 provenance = {
                     "Checkpoint": {"Path": str(model.path), "SHA256": digest},
                     "Seed": seed + k,
-                    "Sampler": "DDIM",
+                    "Sampler": model.synthesizer.sampler,
                     "Steps": model.synthesizer.num_steps,
+                    "Guidance": model.synthesizer.guidance.scale,
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
                     "Units": "normalised intensity, 0 to 1",
                 }

@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
-from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 from torch.nn import functional as F
 
 from latdiff3d.codec import LatentCodec
-from latdiff3d.conditioning import MaskCondition, NoCondition
+from latdiff3d.conditioning import MaskCondition, NoCondition, dropped
 from latdiff3d.devices import autocast
 from latdiff3d.distributed import average_gradients, mean_over_ranks
 from latdiff3d.errors import InputError
 from latdiff3d.losses import AutoencoderLoss, discriminator_loss, masked_l1, masked_psnr
 from latdiff3d.networks import last_layer
-from latdiff3d.objectives import Epsilon
-from latdiff3d.samplers import alphas_cumprod
+from latdiff3d.noise_schedules import schedule_of
+from latdiff3d.objectives import Objective, check_objective, min_snr_weight
 
 Batch = Mapping[str, Any]
+NUM_BUCKETS = 4  # of noise levels, whose losses are logged one by one
 
 
 @dataclass
@@ -112,27 +112,40 @@ class DiffusionStep:
     """A regression on latents: noise them to a random time and ask the denoiser what `objective` wants.
 
     A batch holds `mean` and `std`, moments of the normalised posterior (see latents.py), or `image`, which is then
-    encoded here; beside them `mask`, for a conditioned model.
+    encoded here; beside them `mask`, for a conditioned model, which each volume loses with probability
+    `condition_dropout`.
     """
 
     denoiser: nn.Module
     codec: LatentCodec
     condition: MaskCondition | NoCondition
-    noise_schedule: DDPMScheduler
-    objective: Epsilon
+    noise_schedule: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     device: torch.device
     precision: str = "bf16"
     max_grad_norm: float = 1.0
+    condition_dropout: float = 0.0
+    time_distribution: str = "uniform"
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        self.schedule = schedule_of(self.noise_schedule)
+        check_objective(self.objective, self.noise_schedule)
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss."""
         self.denoiser.train()
         mean, std, condition = latent_batch(batch, self.codec, self.condition, self.device)
+        if condition is not None:
+            condition = dropped(condition, self.condition_dropout)
         latents = mean + std * torch.randn_like(std)
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(len(alphas_cumprod(self.noise_schedule)), (len(latents),), device=self.device)
-        loss = diffusion_loss(self, self.denoiser, latents, noise, timesteps, condition).mean()
+        timesteps = self.schedule.draw(len(latents), self.time_distribution, self.device)
+        loss = diffusion_loss(self, self.denoiser, latents, noise, timesteps, condition)
+        if self.min_snr_gamma is not None:
+            loss = loss * min_snr_weight(self.objective, *self.schedule.alpha_sigma(timesteps), self.min_snr_gamma)
+        loss = loss.mean()
         update(loss, self.denoiser, self.optimizer, self.max_grad_norm)
         return {"loss": loss.item()}
 
@@ -148,26 +161,33 @@ class DiffusionValidation:
     denoiser: nn.Module
     codec: LatentCodec
     condition: MaskCondition | NoCondition
-    noise_schedule: DDPMScheduler
-    objective: Epsilon
+    noise_schedule: nn.Module
+    objective: Objective
     device: torch.device
     precision: str = "bf16"
     num_times: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        self.schedule = schedule_of(self.noise_schedule)
+
     @torch.no_grad()
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
-        """Return `loss`, its mean over the batch and the timesteps."""
+        """Return `loss`, its mean over the batch and the timesteps, and `loss_k`, over the k-th quarter of the times.
+
+        The first quarter is the least noisy.
+        """
         self.denoiser.eval()
         mean, _, condition = latent_batch(batch, self.codec, self.condition, self.device)
         generator = torch.Generator().manual_seed(self.seed + engine.state.iteration)
-        num_timesteps = len(alphas_cumprod(self.noise_schedule))
         losses = []
         for k in range(self.num_times):
             noise = torch.randn(mean.shape, generator=generator).to(mean)
-            timesteps = torch.full((len(mean),), int((k + 0.5) / self.num_times * num_timesteps), device=mean.device)
-            losses.append(diffusion_loss(self, self.denoiser, mean, noise, timesteps, condition))
-        return {"loss": torch.stack(losses).mean().item()}
+            timesteps = self.schedule.time_at(torch.full((len(mean),), (k + 0.5) / self.num_times, device=mean.device))
+            losses.append(diffusion_loss(self, self.denoiser, mean, noise, timesteps, condition).mean())
+        quarters = torch.stack(losses).chunk(NUM_BUCKETS)
+        by_noise = {f"loss_{number}": quarter.mean().item() for number, quarter in enumerate(quarters, start=1)}
+        return {"loss": torch.stack(losses).mean().item(), **by_noise}
 
 
 def latent_batch(
@@ -196,11 +216,11 @@ def diffusion_loss(
     condition: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the mean squared error (B,) of the denoiser at `timesteps` (B,)."""
-    alpha_bar = alphas_cumprod(how.noise_schedule).to(latents)[timesteps].view(-1, 1, 1, 1, 1)
-    noisy = how.noise_schedule.add_noise(latents, noise, timesteps)
+    alpha, sigma = (level.to(latents).view(-1, 1, 1, 1, 1) for level in how.schedule.alpha_sigma(timesteps))
+    noisy = alpha * latents + sigma * noise
     with autocast(how.device, how.precision):
         prediction = denoiser(with_condition(noisy, condition), timesteps)  # (B, C, D, H, W)
-    target = how.objective.target(latents, noise, alpha_bar)
+    target = how.objective.target(latents, noise, alpha, sigma)
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3, 4))
 
 

@@ -1,95 +1,214 @@
-"""Samplers, against an exact denoiser of a narrow Gaussian."""
+"""Samplers against exact denoisers: of a Gaussian, of two modes, and of one point."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
-from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
 from latdiff3d.errors import InputError
-from latdiff3d.objectives import Epsilon
-from latdiff3d.samplers import CLEAN, alphas_cumprod, ddim, time_pairs
+from latdiff3d.noise_schedules import schedule_of
+from latdiff3d.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, heun, sampler_for
 
-DATA_STD = 0.05
-SCHEDULE = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
-ALPHAS_CUMPROD = alphas_cumprod(DDPMScheduler(1000, clip_sample=False, **SCHEDULE))
-
-
-def exact_epsilon(z, t):
-    """E[ε | z_t] for z_0 ~ N(0, DATA_STD²): z_t is N(0, ᾱ s² + 1 − ᾱ), and ε and z_t have covariance √(1 − ᾱ)."""
-    alpha_bar = ALPHAS_CUMPROD[t].to(z)
-    return (1 - alpha_bar).sqrt() / (alpha_bar * DATA_STD**2 + 1 - alpha_bar) * z
+SETTINGS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
+DIFFUSION = schedule_of(DDPMScheduler(1000, clip_sample=False, **SETTINGS))
+FLOW = schedule_of(RFlowScheduler(1000))
+NARROW = 0.05
+MODES, MODE_STD = 1.0, 0.1
 
 
-def split(z, t):
-    return Epsilon().split(exact_epsilon(z, t), z, ALPHAS_CUMPROD[t].to(z))
+def noise(count=4000, seed=0):
+    return torch.randn((count, 1, 1, 1, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def noise():
-    return torch.randn((4000, 1, 1, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def generators(count):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def test_the_schedules_signal_falls_from_nearly_all_to_nearly_none():
-    assert ALPHAS_CUMPROD.shape == (1000,)
-    assert (ALPHAS_CUMPROD.diff() < 0).all()
-    assert ALPHAS_CUMPROD[0].item() == pytest.approx(1 - SCHEDULE["beta_start"], abs=1e-6)
-    assert ALPHAS_CUMPROD[-1] < 1e-3
+def gaussian(schedule, std=NARROW, mean=0.0):
+    """(E[z_0 | z_t], E[ε | z_t]) for z_0 ~ N(mean, std²)."""
+
+    def split(z, t):
+        alpha, sigma = (level.item() for level in schedule.alpha_sigma(torch.tensor(float(t))))
+        z_0 = mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (z - alpha * mean)
+        return z_0, (z - alpha * z_0) / sigma
+
+    return split
+
+
+def two_modes(schedule):
+    """The same for z_0 from N(−1, 0.1²) or N(1, 0.1²), with probability ½ each."""
+
+    def split(z, t):
+        alpha, sigma = (level.item() for level in schedule.alpha_sigma(torch.tensor(float(t))))
+        variance = alpha**2 * MODE_STD**2 + sigma**2
+        upper = torch.sigmoid(2 * alpha * MODES * z / variance)
+        z_0 = (2 * upper - 1) * MODES * (1 - alpha**2 * MODE_STD**2 / variance) + alpha * MODE_STD**2 / variance * z
+        return z_0, (z - alpha * z_0) / sigma
+
+    return split
+
+
+def of_gaussian(sampler, schedule, num_steps, spacing="linear", **changes):
+    split = gaussian(schedule, **changes)
+    return sampler(split, noise(), schedule.times(num_steps, spacing), schedule, generators=generators(4000))
+
+
+# DDIM
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(5, 0.026), (10, 0.027), (25, 0.030)])
 def test_ddim_with_explicit_times_ends_where_the_recursion_says(num_steps, expected):
-    z = ddim(split, noise(), time_pairs(num_steps, 1000), ALPHAS_CUMPROD)
-    assert z.std().item() == pytest.approx(expected, abs=0.002)
+    assert of_gaussian(ddim, DIFFUSION, num_steps).std().item() == pytest.approx(expected, abs=0.002)
 
 
 def test_ddim_follows_the_closed_form_of_each_step():
-    # For Gaussian data each step multiplies z_t by a number: x_0 and ε are both proportional to z_t.
-    times, factor = time_pairs(10, 1000), 1.0
-    for t, t_next in times:
-        now, after = ALPHAS_CUMPROD[t].item(), 1.0 if t_next == CLEAN else ALPHAS_CUMPROD[t_next].item()
-        variance = now * DATA_STD**2 + 1 - now
-        factor *= ((now * after) ** 0.5 * DATA_STD**2 + ((1 - now) * (1 - after)) ** 0.5) / variance
-    assert torch.allclose(ddim(split, noise(), times, ALPHAS_CUMPROD), factor * noise(), rtol=1e-5)
-
-
-def test_ddim_comes_closer_to_the_data_with_more_steps():
-    stds = [ddim(split, noise(), time_pairs(n, 1000), ALPHAS_CUMPROD).std().item() for n in (5, 25, 100, 1000)]
-    assert stds == sorted(stds) and stds[-1] < DATA_STD
+    # For Gaussian data each step multiplies z_t by a number: z_0 and ε are both proportional to z_t.
+    times, factor = DIFFUSION.times(10), 1.0
+    for t, t_next in pairwise(times):
+        (alpha, sigma), (alpha_next, sigma_next) = (DIFFUSION.alpha_sigma(torch.tensor(time)) for time in (t, t_next))
+        variance = alpha**2 * NARROW**2 + sigma**2
+        factor *= ((alpha * alpha_next * NARROW**2 + sigma * sigma_next) / variance).item()
+    made = ddim(gaussian(DIFFUSION), noise(), times, DIFFUSION)
+    assert torch.allclose(made, factor * noise(), rtol=1e-5)
 
 
 def test_monais_respaced_ddim_is_off_at_5_steps():
     # Why ours exists: `set_timesteps` spaces by linspace, `step` still assumes t − T/n (monai 1.6.1).
-    scheduler = DDIMScheduler(1000, clip_sample=False, **SCHEDULE)
+    scheduler = DDIMScheduler(1000, clip_sample=False, **SETTINGS)
     scheduler.set_timesteps(5)
-    z = noise()
+    z, split = noise(), gaussian(DIFFUSION)
     for t in scheduler.timesteps:
-        z, _ = scheduler.step(exact_epsilon(z, int(t)), int(t), z)
-    ours = ddim(split, noise(), time_pairs(5, 1000), ALPHAS_CUMPROD)
-    assert abs(z.std().item() - DATA_STD) > 3 * abs(ours.std().item() - DATA_STD)
+        z, _ = scheduler.step(split(z, int(t))[1], int(t), z)
+    ours = of_gaussian(ddim, DIFFUSION, 5)
+    assert abs(z.std().item() - NARROW) > 3 * abs(ours.std().item() - NARROW)
     assert z.std().item() == pytest.approx(0.205, abs=0.03)
 
 
-def test_ddim_with_a_perfect_denoiser_of_one_point_returns_it():
+@pytest.mark.parametrize("eta", [-0.1, 1.1])
+def test_another_eta_is_refused(eta):
+    with pytest.raises(InputError, match=f"eta is {eta}; expected 0, deterministic, to 1"):
+        ddim(gaussian(DIFFUSION), noise(1), DIFFUSION.times(2), DIFFUSION, eta=eta)
+
+
+# DDPM
+
+
+def test_ddpm_on_all_times_draws_the_data():
+    made = of_gaussian(ddpm, DIFFUSION, 1000, std=0.5, mean=0.3)
+    assert made.mean().item() == pytest.approx(0.3, abs=0.03) and made.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_ddpm_on_all_times_steps_as_monais():
+    scheduler = DDPMScheduler(1000, clip_sample=False, **SETTINGS)
+    split, times = gaussian(DIFFUSION), [600.0, 599.0]
+    z = noise(1)
+    drawn = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+    theirs, _ = scheduler.step(split(z, 600)[1], 600, z, generator=torch.Generator().manual_seed(0))
+    fresh = (scheduler._get_variance(600) ** 0.5).item()
+    theirs_without = theirs - fresh * torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+    ours = ddpm(split, z, times, DIFFUSION, generators=generators(1))
+    assert torch.allclose(ours, theirs_without + fresh * drawn, atol=1e-4)
+
+
+def test_a_volume_depends_on_its_own_generator_whatever_the_batch():
+    split, times = gaussian(DIFFUSION), DIFFUSION.times(5)
+    together = ddpm(split, noise(3), times, DIFFUSION, generators=generators(3))
+    alone = ddpm(split, noise(3)[1:2], times, DIFFUSION, generators=generators(3)[1:2])
+    assert torch.equal(together[1:2], alone)
+
+
+def test_random_samplers_want_a_generator_each():
+    with pytest.raises(InputError, match="3 volumes have 1 generators; expected one each"):
+        ddpm(gaussian(DIFFUSION), noise(3), DIFFUSION.times(5), DIFFUSION, generators=generators(1))
+
+
+# Orders of convergence
+
+
+def errors(sampler, schedule, split, counts, spacing):
+    """Largest distance from where many steps end, for each number of steps."""
+    start = noise(200)
+    exact = heun if schedule is FLOW else dpm_solver_pp_2m
+    reference = exact(split, start, schedule.times(1000, spacing), schedule)
+    ends = [sampler(split, start, schedule.times(count, spacing), schedule) for count in counts]
+    return [(end - reference).abs().max().item() for end in ends]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "spacing", "order"),
+    [
+        (ddim, DIFFUSION, "log_snr", 1),
+        (dpm_solver_pp_2m, DIFFUSION, "log_snr", 2),
+        (euler, FLOW, "linear", 1),
+        (heun, FLOW, "linear", 2),
+    ],
+)
+def test_errors_fall_by_the_published_order(sampler, schedule, spacing, order):
+    counts = (40, 80)
+    one, other = errors(sampler, schedule, gaussian(schedule, std=0.5, mean=0.3), counts, spacing)
+    assert math.log(one / other) / math.log(counts[1] / counts[0]) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize(("quick", "slow", "schedule"), [(dpm_solver_pp_2m, ddim, DIFFUSION), (heun, euler, FLOW)])
+def test_the_second_order_is_worth_it_in_a_dozen_calls(quick, slow, schedule):
+    calls = 12
+    steps = calls // 2 if quick is heun else calls
+    split, spacing = gaussian(schedule, std=0.5, mean=0.3), "linear" if schedule is FLOW else "log_snr"
+    [ours], [theirs] = errors(quick, schedule, split, [steps], spacing), errors(slow, schedule, split, [calls], spacing)
+    assert ours < 0.5 * theirs
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_all_find_both_modes(name):
+    schedule = FLOW if name in ("euler", "heun") else DIFFUSION
+    spacing = "linear" if schedule is FLOW else "log_snr"
+    made = SAMPLERS[name](
+        two_modes(schedule), noise(), schedule.times(50, spacing), schedule, generators=generators(4000)
+    )
+    upper = made[made > 0]
+    assert len(upper) / len(made) == pytest.approx(0.5, abs=0.03)
+    assert upper.mean().item() == pytest.approx(MODES, abs=0.03)
+    assert upper.std().item() == pytest.approx(MODE_STD, abs=0.03)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_denoiser_that_knows_one_point_leads_to_it(name):
+    schedule = FLOW if name in ("euler", "heun") else DIFFUSION
     point = torch.full((1, 1, 1, 1, 1), 0.3, dtype=torch.float64)
 
-    def split_towards_it(z, t):
-        alpha_bar = ALPHAS_CUMPROD[t].to(z)
-        return point, (z - alpha_bar.sqrt() * point) / (1 - alpha_bar).sqrt()
+    def towards_it(z, t):
+        alpha, sigma = schedule.alpha_sigma(torch.tensor(float(t)))
+        return point, (z - alpha * point) / sigma
 
-    z = ddim(split_towards_it, noise()[:1], time_pairs(7, 1000), alpha_bars=ALPHAS_CUMPROD)
-    assert torch.allclose(z, point)
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 50, 999, 1000])
-def test_times_fall_strictly_from_the_noisiest_to_clean(num_steps):
-    pairs = time_pairs(num_steps, 1000)
-    assert len(pairs) == num_steps
-    assert pairs[0][0] == 999 and pairs[-1][1] == CLEAN
-    assert all(t > t_next for t, t_next in pairs)
-    assert all(one[1] == other[0] for one, other in pairwise(pairs))
+    made = SAMPLERS[name](towards_it, noise(1), schedule.times(7), schedule, generators=generators(1))
+    assert torch.allclose(made, point)
 
 
-@pytest.mark.parametrize("num_steps", [0, -1, 1001])
-def test_other_step_counts_are_refused(num_steps):
-    with pytest.raises(InputError, match=f"steps is {num_steps}; expected 1 to 1000"):
-        time_pairs(num_steps, 1000)
+def test_monais_flow_steps_are_eulers():
+    scheduler = RFlowScheduler(1000)
+    scheduler.set_timesteps(8)
+    z, split = noise(10), gaussian(FLOW)
+    for t, t_next in zip(scheduler.timesteps, [*scheduler.timesteps[1:], torch.tensor(0)], strict=True):
+        z_0, epsilon = split(z, float(t))
+        z, _ = scheduler.step(z_0 - epsilon, float(t), z, next_timestep=float(t_next))
+    assert torch.allclose(z, euler(split, noise(10), FLOW.times(8), FLOW), atol=1e-5)
+
+
+# Names
+
+
+def test_every_sampler_has_a_name():
+    assert {sampler_for(name, FLOW) for name in SAMPLERS} == {ddim, ddpm, dpm_solver_pp_2m, euler, heun}
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(InputError, match=r"sampler is 'plms'; expected one of ddim, ddpm, dpm_solver\+\+, euler, heun"):
+        sampler_for("plms", DIFFUSION)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_flows_samplers_are_refused_for_diffusion(name):
+    with pytest.raises(InputError, match=rf"sampler is '{name}', which is for flow, .*; expected ddim, ddpm"):
+        sampler_for(name, DIFFUSION)

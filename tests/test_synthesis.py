@@ -25,11 +25,11 @@ def test_a_loaded_model_knows_what_it_was_trained_on(model, tiny_runs):
     assert model.path == tiny_runs.diffusion / "checkpoints" / "best.pt"
     assert model.crop_to == [16, 16, 16] and model.modalities == ["flair", "t1", "t1ce", "t2"]
     assert model.spacing_mm == pytest.approx([3, 3, 3], abs=1e-5)
-    assert model.is_conditional and model.synthesizer.num_steps == len(model.synthesizer.times) == 3
+    assert model.is_conditional and model.synthesizer.num_steps == 3 == len(model.synthesizer.times) - 1
 
 
 def test_the_steps_are_checked_when_the_model_is_loaded(tiny_runs):
-    assert len(Model.load(tiny_runs.diffusion, num_steps=7).synthesizer.times) == 7
+    assert len(Model.load(tiny_runs.diffusion, num_steps=7).synthesizer.times) == 8
     with pytest.raises(InputError, match="steps is 0; expected 1 to 1000"):
         Model.load(tiny_runs.diffusion, num_steps=0)
 

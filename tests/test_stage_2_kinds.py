@@ -1,0 +1,107 @@
+"""Each kind of stage 2 trains and samples through the bundle by its overlay, and runs in MONAI's own inferer."""
+
+import nibabel
+import pytest
+import torch
+from conftest import REPOSITORY, refused, run_here, train_here
+from monai.inferers import LatentDiffusionInferer
+from torch import nn
+
+from latdiff3d import samplers
+from latdiff3d.guidance import Guidance
+from latdiff3d.synthesis import Model
+
+OVERLAYS = {"flow": ["flow.yaml"], "v_prediction": ["v_prediction.yaml"]}
+SETTINGS = {"unconditional": ["conditioning=none"], "min_snr": ["min_snr_gamma=5"], "ddpm": ["sampler=ddpm"]}
+
+
+@pytest.fixture(scope="module")
+def flow(tiny_runs, tmp_path_factory):
+    return trained("flow", tiny_runs, tmp_path_factory.mktemp("flow"))
+
+
+def trained(kind, tiny_runs, logdir):
+    overlays = [word for name in OVERLAYS.get(kind, []) for word in ("--config", REPOSITORY / "configs" / name)]
+    words = [*overlays, *SETTINGS.get(kind, [])]
+    ended = train_here("diffusion", tiny_runs.data, logdir, kind, *words, first_stage=str(tiny_runs.autoencoder))
+    assert ended.code == 0, ended.err
+    return logdir / kind
+
+
+@pytest.mark.parametrize("kind", [*OVERLAYS, *SETTINGS])
+def test_every_kind_trains_and_samples(kind, tiny_runs, tmp_path):
+    run = trained(kind, tiny_runs, tmp_path)
+    mask = [] if kind == "unconditional" else ["--mask", sorted(tiny_runs.data.glob("*/*_seg.nii.gz"))[0]]
+    ended = run_here("sample", "--model", run, *mask, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    [volume] = (tmp_path / "out").rglob("*t1.nii.gz")
+    assert nibabel.load(volume).get_fdata().std() > 0
+    header = (run / "metrics.csv").read_text().splitlines()[0]
+    assert "val_loss_1" in header and "val_loss_4" in header
+
+
+def synthesizer_of(run):
+    """Return a run's synthesizer in float32, its denoiser's last layer no longer at the 0 that it starts from."""
+    synthesizer = Model.load(run).synthesizer
+    synthesizer.precision = synthesizer.codec.precision = "fp32"
+    torch.manual_seed(0)
+    nn.init.normal_(synthesizer.denoiser.out[-1].conv.weight, std=0.05)
+    return synthesizer
+
+
+def conditions(synthesizer, count=2):
+    mask = torch.randint(4, (count, 1, 16, 16, 16), generator=torch.Generator().manual_seed(1))
+    return synthesizer.condition(mask)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_monais_inferer_samples_flow_as_we_do(flow, scale):
+    synthesizer = synthesizer_of(flow)
+    synthesizer.guidance = Guidance(scale)
+    synthesizer.times = synthesizer.schedule.times(5)
+    synthesizer.solve = samplers.euler
+    condition = conditions(synthesizer)
+    shape = (4, 8, 8, 8)
+    ours = synthesizer.sample(shape, condition, [3, 4])
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    scheduler = synthesizer.noise_schedule
+    scheduler.set_timesteps(5)
+    theirs = LatentDiffusionInferer(scheduler, scale_factor=1.0).sample(
+        input_noise=noise, autoencoder_model=synthesizer.codec, diffusion_model=synthesizer.denoiser.eval(),
+        scheduler=scheduler, conditioning=condition, mode="concat", verbose=False,
+        cfg=scale if scale != 1 else None, cfg_fill_value=0.0,
+    )  # fmt: skip
+    assert torch.allclose(theirs.clamp(0, 1), ours, atol=1e-4)
+    assert ours.std() > 0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_monais_inferer_asks_the_denoiser_what_training_asks(kind, tiny_runs, flow):
+    synthesizer = synthesizer_of(flow if kind == "flow" else tiny_runs.diffusion)
+    codec, condition = synthesizer.codec, conditions(synthesizer)
+    image, noise = torch.rand(2, 4, 16, 16, 16), torch.randn(2, 4, 8, 8, 8)
+    timesteps = torch.tensor([100, 900])
+    torch.manual_seed(5)
+    with torch.no_grad():
+        theirs = LatentDiffusionInferer(synthesizer.noise_schedule, scale_factor=1.0)(
+            inputs=image, autoencoder_model=codec, diffusion_model=synthesizer.denoiser.eval(), noise=noise,
+            timesteps=timesteps, condition=condition, mode="concat",
+        )  # fmt: skip
+        torch.manual_seed(5)
+        latents = codec.encode_stage_2_inputs(image)
+        alpha, sigma = (v.float().view(-1, 1, 1, 1, 1) for v in synthesizer.schedule.alpha_sigma(timesteps))
+        ours = synthesizer.denoiser(torch.cat([alpha * latents + sigma * noise, condition], 1), timesteps)
+    assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+def test_a_flows_sampler_on_a_diffusion_model_is_one_line(tiny_runs, tmp_path):
+    mask = sorted(tiny_runs.data.glob("*/*_seg.nii.gz"))[0]
+    words = ("--model", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path / "out", "--sampler", "heun")
+    assert "sampler is 'heun', which is for flow" in refused(run_here("sample", *words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_objective_without_its_schedule_is_one_line(tiny_runs, tmp_path):
+    settings = {"objective": {"_target_": "latdiff3d.objectives.Flow"}, "first_stage": str(tiny_runs.autoencoder)}
+    line = refused(train_here("diffusion", tiny_runs.data, tmp_path, "wrong", **settings))
+    assert "the objective is Flow and noise_schedule a DDPMScheduler; expected Flow with RFlowScheduler" in line
