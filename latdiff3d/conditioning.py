@@ -15,11 +15,21 @@ class MaskCondition:
     Args:
         num_classes: K, labels 0 … K − 1 of the mapped mask, background included.
         factor: the autoencoder's downsampling.
+
+    Attributes:
+        null_value: what stands everywhere when nothing is said. No mask gives it: fractions sum to 1 in every cell.
     """
+
+    null_value = 0.0
 
     def __init__(self, num_classes: int, factor: int) -> None:
         self.num_classes = num_classes
         self.factor = factor
+
+    @property
+    def num_channels(self) -> int:
+        """How many channels it adds to the denoiser's input."""
+        return self.num_classes
 
     def __call__(self, mask: torch.Tensor) -> torch.Tensor:
         """Return fractions (B, K, D/f, H/f, W/f) in [0, 1] that sum to 1 over K.
@@ -30,57 +40,77 @@ class MaskCondition:
         Raises:
             InputError: for a label outside 0 … K − 1.
         """
+        one_hot = rearrange(F.one_hot(self._labels(mask)[:, 0], self.num_classes), "b d h w k -> b k d h w").float()
+        return F.avg_pool3d(one_hot, self.factor)
+
+    def _labels(self, mask: torch.Tensor) -> torch.Tensor:
         labels = mask.long()
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise InputError(
                 f"the mask has labels {labels.unique().tolist()}; expected 0 to {self.num_classes - 1} after mapping. "
                 "Check `labels` and `mask_mode` in the configuration."
             )
-        one_hot = rearrange(F.one_hot(labels[:, 0], self.num_classes), "b d h w k -> b k d h w").float()
-        return F.avg_pool3d(one_hot, self.factor)
+        return labels
 
 
-def null_like(condition: torch.Tensor) -> torch.Tensor:
-    """Return the condition that says nothing, of the shape of `condition` (B, K, D, H, W): no label anywhere.
+class ScalarCondition(MaskCondition):
+    """Concatenates the mask as one channel of numbers: label / (K − 1), mean over each latent cell.
 
-    No mask gives it, for its fractions sum to 1 everywhere, the background's among them.
+    What CompVis-style 3D models on BraTS take, whose masks are label / 3. Labels are no quantities: half a cell of
+    label 2 looks like a whole one of label 1, which `MaskCondition` tells apart.
+
+    Attributes:
+        null_value: −1, for 0 is background.
     """
-    return torch.zeros_like(condition)
+
+    null_value = -1.0
+
+    @property
+    def num_channels(self) -> int:
+        """How many channels it adds to the denoiser's input."""
+        return 1
+
+    def __call__(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return numbers (B, 1, D/f, H/f, W/f) in [0, 1]; see `MaskCondition.__call__`."""
+        return F.avg_pool3d(self._labels(mask).float() / max(self.num_classes - 1, 1), self.factor)
 
 
-def dropped(condition: torch.Tensor, probability: float) -> torch.Tensor:
-    """Return `condition` (B, K, D, H, W) with each volume's replaced by the null with `probability`.
+def dropped(condition: torch.Tensor, probability: float, null_value: float) -> torch.Tensor:
+    """Return `condition` (B, K, D, H, W) with each volume's replaced by `null_value` everywhere with `probability`.
 
     A denoiser trained so has learnt both predictions that classifier-free guidance needs.
     """
     if probability == 0:
         return condition
     keep = torch.rand(len(condition), device=condition.device) >= probability
-    return torch.where(keep.view(-1, 1, 1, 1, 1), condition, null_like(condition))
+    return torch.where(keep.view(-1, 1, 1, 1, 1), condition, torch.full_like(condition, null_value))
 
 
 class NoCondition:
     """The unconditional model: nothing is concatenated."""
 
-    num_classes = 0
+    num_channels = 0
+    null_value = 0.0
 
     def __call__(self, mask: torch.Tensor) -> None:
         """Return None, whatever the mask."""
 
 
 def condition_for(conditioning: str, num_classes: int, factor: int) -> MaskCondition | NoCondition:
-    """Return the condition that the setting `conditioning` names: "concat" or "none".
+    """Return the condition that the setting `conditioning` names: "concat", "scalar" or "none".
 
     Raises:
         InputError: for any other name.
     """
     if conditioning == "concat":
         return MaskCondition(num_classes, factor)
+    if conditioning == "scalar":
+        return ScalarCondition(num_classes, factor)
     if conditioning == "none":
         return NoCondition()
-    raise InputError(f"conditioning is {conditioning!r}; expected 'concat' or 'none'.")
+    raise InputError(f"conditioning is {conditioning!r}; expected 'concat', 'scalar' or 'none'.")
 
 
 def num_condition_channels(conditioning: str, num_classes: int) -> int:
     """Return how many channels the condition adds to the denoiser's input."""
-    return condition_for(conditioning, num_classes, factor=1).num_classes
+    return condition_for(conditioning, num_classes, factor=1).num_channels

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from latdiff3d.conditioning import null_like
 from latdiff3d.errors import InputError
 
 # Takes noisy latents (B, C, D, H, W) and conditions (B, K, D, H, W); returns the denoiser's predictions.
@@ -24,6 +23,7 @@ class Guidance:
             less; 0 ignores the condition.
         interval: noise levels σ_t, lowest and highest, within which guidance acts; outside it the scale is 1. Guidance
             at high noise costs variety and at low noise changes nothing (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+        null_value: what stands in a condition that says nothing, see conditioning.py.
         in_sequence: call the denoiser twice instead of with a batch twice as large: half the memory.
 
     Raises:
@@ -32,6 +32,7 @@ class Guidance:
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    null_value: float = 0.0
     in_sequence: bool = False
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class Guidance:
         """
         if condition is None or not self.acts(sigma):
             return predict(noisy, condition)
-        null = null_like(condition)
+        null = torch.full_like(condition, self.null_value)
         if self.in_sequence:
             with_condition, without = predict(noisy, condition), predict(noisy, null)
         else:
@@ -68,7 +69,7 @@ class Guidance:
 
 
 def guidance_for(
-    scale: float, interval: Sequence[float], in_sequence: bool, condition_dropout: float
+    scale: float, interval: Sequence[float], null_value: float, in_sequence: bool, condition_dropout: float
 ) -> Guidance:
     """Return the guidance of a denoiser trained with `condition_dropout`.
 
@@ -81,4 +82,4 @@ def guidance_for(
             "say what it would predict without its mask; leave guidance at 1, or train with condition_dropout=0.1."
         )
     low, high = interval
-    return Guidance(scale, (low, high), in_sequence)
+    return Guidance(scale, (low, high), null_value, in_sequence)

@@ -138,7 +138,7 @@ class DiffusionStep:
         self.denoiser.train()
         mean, std, condition = latent_batch(batch, self.codec, self.condition, self.device)
         if condition is not None:
-            condition = dropped(condition, self.condition_dropout)
+            condition = dropped(condition, self.condition_dropout, self.condition.null_value)
         latents = mean + std * torch.randn_like(std)
         noise = torch.randn_like(latents)
         timesteps = self.schedule.draw(len(latents), self.time_distribution, self.device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latdiff3d.conditioning import MaskCondition, NoCondition, condition_for, num_condition_channels
+from latdiff3d.conditioning import MaskCondition, NoCondition, ScalarCondition, condition_for, num_condition_channels
 from latdiff3d.errors import InputError
 
 
@@ -55,6 +55,22 @@ def test_concat_adds_a_channel_a_class():
     assert condition(random_mask()).shape[1] == num_condition_channels("concat", 4) == 4
 
 
+def test_scalar_is_one_channel_of_label_over_the_last():
+    condition = condition_for("scalar", 4, 2)
+    assert isinstance(condition, ScalarCondition) and num_condition_channels("scalar", 4) == 1
+    mask = torch.zeros(1, 1, 4, 4, 4)
+    mask[0, 0, :2, :2, :2], mask[0, 0, 2:, 2:, 2] = 3, 1
+    numbers = condition(mask)
+    assert numbers.shape == (1, 1, 2, 2, 2)
+    assert numbers[0, 0, 0, 0, 0] == 1 and numbers[0, 0, 0, 1, 1] == 0
+    assert numbers[0, 0, 1, 1, 1].item() == pytest.approx(1 / 6)
+
+
+def test_scalar_refuses_unknown_labels_too():
+    with pytest.raises(InputError, match="expected 0 to 2 after mapping"):
+        ScalarCondition(3, 2)(torch.full((1, 1, 4, 4, 4), 3.0))
+
+
 def test_another_conditioning_is_refused():
-    with pytest.raises(InputError, match="conditioning is 'concatt'; expected 'concat' or 'none'"):
+    with pytest.raises(InputError, match="conditioning is 'concatt'; expected 'concat', 'scalar' or 'none'"):
         condition_for("concatt", 4, 4)

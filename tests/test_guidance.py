@@ -5,7 +5,7 @@ import torch
 from conftest import run_here
 from monai.networks.nets import DiffusionModelUNet
 
-from latdiff3d.conditioning import MaskCondition, dropped, null_like
+from latdiff3d.conditioning import MaskCondition, ScalarCondition, dropped
 from latdiff3d.errors import InputError
 from latdiff3d.guidance import Guidance, guidance_for
 
@@ -98,22 +98,34 @@ def test_an_unconditional_model_is_asked_once():
 
 
 def test_no_mask_is_the_null():
-    assert torch.allclose(fractions().sum(1), torch.ones(1))
-    assert not null_like(fractions()).any()
+    assert torch.allclose(fractions().sum(1), torch.ones(1)) and MaskCondition.null_value == 0
+    assert ScalarCondition(CLASSES, 2)(torch.zeros(1, 1, 4, 4, 4)).min() == 0 > ScalarCondition.null_value
+
+
+def test_the_null_is_the_conditions_own():
+    seen = []
+
+    def predict(z, condition):
+        seen.append(condition)
+        return z
+
+    Guidance(2.0, null_value=-1.0)(predict, noisy(), fractions(), 0.5)
+    assert torch.equal(seen[0][:2], fractions()) and (seen[0][2:] == -1).all()
+    assert (dropped(fractions(), 0.999999, -1.0) == -1).all()
 
 
 def test_volumes_lose_their_conditions_one_by_one_at_the_rate_that_is_asked():
     torch.manual_seed(0)
     condition = fractions(1).expand(4000, -1, -1, -1, -1)
-    lost = (dropped(condition, 0.1) == 0).flatten(1).all(1)
-    kept = (dropped(condition, 0.1) == condition).flatten(1).all(1)
+    lost = (dropped(condition, 0.1, 0.0) == 0).flatten(1).all(1)
+    kept = (dropped(condition, 0.1, 0.0) == condition).flatten(1).all(1)
     assert 0.08 < lost.float().mean() < 0.12 and 0.88 < kept.float().mean() < 0.92
 
 
 def test_without_dropout_no_random_number_is_drawn():
     state = torch.get_rng_state()
     condition = fractions()
-    assert dropped(condition, 0) is condition
+    assert dropped(condition, 0, 0.0) is condition
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -134,9 +146,9 @@ def test_what_is_no_interval_is_refused(interval):
 
 def test_a_model_that_never_went_without_its_mask_cannot_be_guided():
     with pytest.raises(InputError, match=r"guidance is 2\.0, but this model .*train with condition_dropout=0\.1"):
-        guidance_for(2.0, (0, 1), False, condition_dropout=0)
-    assert guidance_for(1.0, (0, 1), False, condition_dropout=0) == Guidance()
-    assert guidance_for(2.0, (0, 1), True, condition_dropout=0.1) == Guidance(2.0, (0, 1), True)
+        guidance_for(2.0, (0, 1), 0.0, False, condition_dropout=0)
+    assert guidance_for(1.0, (0, 1), 0.0, False, condition_dropout=0) == Guidance()
+    assert guidance_for(2.0, (0, 1), -1.0, True, condition_dropout=0.1) == Guidance(2.0, (0, 1), -1.0, True)
 
 
 # In the sampling command

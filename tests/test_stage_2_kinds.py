@@ -12,7 +12,12 @@ from latdiff3d.guidance import Guidance
 from latdiff3d.synthesis import Model
 
 OVERLAYS = {"flow": ["flow.yaml"], "v_prediction": ["v_prediction.yaml"]}
-SETTINGS = {"unconditional": ["conditioning=none"], "min_snr": ["min_snr_gamma=5"], "ddpm": ["sampler=ddpm"]}
+SETTINGS = {
+    "unconditional": ["conditioning=none"],
+    "scalar": ["conditioning=scalar"],
+    "min_snr": ["min_snr_gamma=5"],
+    "ddpm": ["sampler=ddpm"],
+}
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ def schedule():
 
 
 def diffusion_step(codec, condition, precision="fp32"):
-    network = denoiser(condition.num_classes)
+    network = denoiser(condition.num_channels)
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     return DiffusionStep(network, codec, condition, schedule(), Epsilon(), optimizer, CPU, precision)
 
