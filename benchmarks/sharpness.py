@@ -37,7 +37,7 @@ from latdiff3d.spectrum import high_frequency_energy
 from latdiff3d.training import AutoencoderValidation
 
 LEARNING_RATE, WARMUP = 3e-4, 100
-PERCEPTUAL_WEIGHT = 0.05
+PERCEPTUAL_WEIGHT = 0.01
 NUM_CHECKS = 6
 
 
@@ -84,7 +84,8 @@ def losses(perceptual: Any, each: bool) -> dict[str, dict[str, Any]]:
     schedule = {"disc_start": WARMUP, "disc_ramp": sharp.pop("disc_ramp")}
     if perceptual is not None:
         sharp["perceptual_weight"] = PERCEPTUAL_WEIGHT
-    alone = {weight.removesuffix("_weight"): {weight: value} for weight, value in sharp.items()} if each else {}
+    weights = {name: value for name, value in sharp.items() if name.endswith("_weight")}
+    alone = {name.removesuffix("_weight"): {name: value} for name, value in weights.items()} if each else {}
     arms: dict[str, dict[str, Any]] = {"off": {}, "on": sharp, **alone}
     for arm in arms.values():
         arm["perceptual"] = perceptual if "perceptual_weight" in arm else None

@@ -1,9 +1,10 @@
 """Stage 1's term against blur: reconstructions shall hold as much energy at high frequencies as their volumes."""
 
 import torch
+from torch.nn import functional as F
 
-# In units of the Nyquist frequency; where spectrum.py measures from.
-CUT_OFF = 0.5
+# A half-band low pass: 1 at frequency 0, ½ at half the Nyquist frequency, 0 at the Nyquist frequency.
+LOW_PASS = (-1 / 32, 0.0, 9 / 32, 16 / 32, 9 / 32, 0.0, -1 / 32)
 # Far below the energy of any scan's noise, in squared intensity; keeps flat volumes out of the logarithm's pole.
 FLOOR = 1e-8
 
@@ -15,42 +16,36 @@ def spectral_distance(reconstruction: torch.Tensor, image: torch.Tensor, valid: 
     which costs as much error as it adds energy; this one asks for the energy alone, whatever its phase. Beside a
     pixel-wise loss, which holds the phase, the cheapest answer is to amplify the detail that is predicted, and that
     costs a fraction. The spectrum's radial profile as a loss is of Durall et al. 2020 (arXiv:2003.01826); here it has
-    one band, everything above half the Nyquist frequency, so that no gain is spent on shells that hold only noise.
-    Squared, it pulls the less the nearer it is, and comes to rest below a ratio of 1, where the pixels pull as hard.
+    one band, from about half the Nyquist frequency on in any direction, so that no gain is spent on frequencies that
+    hold only noise. Squared, it pulls the less the nearer it is, and comes to rest below a ratio of 1, where the pixels
+    pull as hard.
 
-    Energies are those of `spectrum.high_frequency_energy`: of a volume's own voxels, under a Hann window.
+    The band is what a low pass leaves over, at every voxel alike. A window would let the middle of a volume answer for
+    all of it, and `spectrum.spectrum_ratio`, which has one, stays a measure that nothing was trained on.
 
     Args:
-        reconstruction: (B, C, D, H, W), in float32.
+        reconstruction: (B, C, D, H, W).
         image: of the same shape, in [0, 1].
-        valid: (B, 1, D, H, W), 1 on the volume's own voxels, which fill a box, and 0 on padding.
+        valid: (B, 1, D, H, W), 1 on the volume's own voxels and 0 on padding, which does not count.
     """
-    ratios = []
-    for made, real, own in zip(reconstruction, image, valid, strict=True):
-        box = _box(own[0])
-        ratios.append(_energy(made[box]).add(FLOOR).log() - _energy(real[box]).add(FLOOR).log())  # (C,)
-    return torch.stack(ratios).square().mean()
+    inside = _inside(valid)
+    ratio = (_energies(reconstruction, inside) + FLOOR).log() - (_energies(image, inside) + FLOOR).log()  # (B, C)
+    return ratio.square().mean()
 
 
-def _box(own: torch.Tensor) -> tuple[slice, ...]:
-    """Return the box (C, D, H, W) of what is 1 in `own` (D, H, W)."""
-    spans = []
-    for axis in range(3):
-        inside = own.amax(dim=[a for a in range(3) if a != axis]).nonzero()
-        spans.append(slice(int(inside[0]), int(inside[-1]) + 1))
-    return (slice(None), *spans)
+def _inside(valid: torch.Tensor) -> torch.Tensor:
+    """Return 1 where the filter sees own voxels alone: (B, 1, D, H, W) less half a filter at each side."""
+    return 1 - F.max_pool3d(1 - valid.float(), len(LOW_PASS), stride=1)
 
 
-def _energy(volume: torch.Tensor) -> torch.Tensor:
-    """Return the energy per voxel above the cut-off, (C,) of (C, D, H, W)."""
-    volume = volume.float() - volume.float().mean(dim=(1, 2, 3), keepdim=True)
-    squared_radius: torch.Tensor | float = 0.0
-    weight: torch.Tensor | float = 1.0
-    for axis, size in enumerate(volume.shape[1:], start=1):
-        along = [-1 if a == axis else 1 for a in range(4)]
-        window = torch.hann_window(size + 2, periodic=False, device=volume.device)[1:-1]  # without its zeros
-        volume = volume * window.view(along)
-        weight = weight * window.square().sum()
-        squared_radius = squared_radius + (2 * torch.fft.fftfreq(size, device=volume.device)).square().view(along)
-    power = torch.fft.fftn(volume, dim=(1, 2, 3)).abs().square() / (weight * volume[0].numel())
-    return (power * (squared_radius > CUT_OFF**2)).sum(dim=(1, 2, 3))
+def _energies(volumes: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Return the mean square (B, C) of what a low pass leaves over of `volumes`, where `inside` is 1."""
+    volumes = volumes.float()
+    low = volumes.flatten(0, 1).unsqueeze(1)
+    for axis in range(2, 5):
+        shape = [1] * 5
+        shape[axis] = len(LOW_PASS)
+        low = F.conv3d(low, low.new_tensor(LOW_PASS).view(shape))
+    margin = len(LOW_PASS) // 2
+    high = volumes[..., margin:-margin, margin:-margin, margin:-margin] - low.view(*volumes.shape[:2], *low.shape[2:])
+    return (high.square() * inside).sum(dim=(2, 3, 4)) / inside.sum(dim=(2, 3, 4)).clamp(min=1)
