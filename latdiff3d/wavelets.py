@@ -152,8 +152,10 @@ class WaveletAutoencoder(nn.Module):
         return latents + level * spread * torch.randn_like(latents)
 
     def _decoded(self, latents: torch.Tensor, decode: Any) -> torch.Tensor:
+        bands = decode(latents)
+        # The linear path comes last: its gradient, as large as the bands, is then used first and waits for nobody.
         linear = inverse_haar(self.linear_decoder(latents), self.inner_levels)
-        return inverse_haar(decode(latents) + linear, self.levels)
+        return inverse_haar(bands + linear, self.levels)
 
     @torch.no_grad()
     def start_linear(self, images: Iterable[torch.Tensor]) -> None:

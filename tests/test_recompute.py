@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from latdiff3d import config
 from latdiff3d.errors import InputError
+from latdiff3d.losses import AutoencoderLoss
+from latdiff3d.memory import peak_bytes
 from latdiff3d.networks import downsampling, last_layer, narrow_posterior, placed
 from latdiff3d.recompute import BLOCKS, ENCODERS, per_block
+from latdiff3d.training import AutoencoderStep
+from latdiff3d.wavelets import WaveletAutoencoder
 
 RECOMPUTED = BLOCKS | ENCODERS
 
 SIZE = (8, 8, 8)
+CPU = torch.device("cpu")
 
 
 def autoencoder(**changes):
@@ -268,6 +275,29 @@ def test_a_switch_that_is_neither_on_nor_off_is_refused():
 def test_off_leaves_the_network_as_it_is():
     network = per_block(autoencoder(), enabled=False)
     assert not {type(module) for module in network.modules()} & set(RECOMPUTED.values())
+
+
+def stemmed():
+    return WaveletAutoencoder(
+        autoencoder(in_channels=8, out_channels=8, channels=(16, 32), **NO_ATTENTION), levels=1, image_channels=1
+    )
+
+
+@pytest.mark.parametrize("build", [stemmed, lambda: autoencoder(channels=(16, 32), **NO_ATTENTION)])
+def test_a_step_of_stage_1_needs_at_most_60_percent_of_the_memory(build):
+    peaks = []
+    for use_checkpoint in (False, True):
+        network = per_block(build(), use_checkpoint)
+        discriminator = PatchDiscriminator(3, 4, 1, num_layers_d=1, norm="INSTANCE")
+        optimizers = [torch.optim.Adam(module.parameters()) for module in (network, discriminator)]
+        step = AutoencoderStep(network, discriminator, AutoencoderLoss(disc_start=1), *optimizers, CPU)
+        engine = SimpleNamespace(state=SimpleNamespace(iteration=1))
+        batch = {"image": torch.rand(1, 1, 32, 32, 32), "valid": torch.ones(1, 1, 32, 32, 32)}
+        step(engine, batch)  # the optimisers' state is there from now on
+        for module in (network, discriminator):
+            module.zero_grad(set_to_none=True)
+        peaks.append(peak_bytes(partial(step, engine, batch), CPU))
+    assert peaks[1] <= 0.6 * peaks[0]
 
 
 # In company

@@ -1,6 +1,7 @@
 """The two iteration updates, and what the evaluators measure."""
 
 import copy
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,15 @@ class SeesInstead(torch.nn.Module):
 
     def forward(self, image):
         return self.network(self.image)
+
+
+def test_the_reconstruction_is_given_up_before_the_way_back():
+    step = autoencoder_step(disc_start=1, feature_matching_weight=0.1)
+    seen, alive = [], []
+    step.autoencoder.register_forward_hook(lambda *call: seen.append(weakref.ref(call[-1][0])))
+    step.autoencoder.decoder.register_full_backward_pre_hook(lambda *_: alive.append(seen[0]() is not None))
+    step(engine_at(1), volumes())
+    assert len(seen) == 1 and alive[-1] is False
 
 
 def test_what_the_padding_is_held_against_changes_no_update():

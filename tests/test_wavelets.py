@@ -179,6 +179,17 @@ def test_from_there_it_learns_what_a_linear_code_cannot():
     assert last_layer(network).abs().max() > 0
 
 
+@pytest.mark.parametrize("build", [autoencoder, vq_autoencoder])
+def test_the_linear_path_has_its_gradient_before_the_network_goes_back(build):
+    network = build().train()
+    reached = []
+    for name, parameter in network.named_parameters():
+        parameter.register_hook(lambda _, name=name: reached.append(name))
+    network(smooth_volumes())[0].square().mean().backward()
+    assert set(reached[:2]) == {"linear_decoder.weight", "linear_decoder.bias"}
+    assert any(name.startswith("network.decoder") for name in reached[2:])
+
+
 def test_flat_volumes_have_no_components_to_start_from():
     with pytest.raises(InputError, match=r"vary in .* directions only; expected at least latent_channels, 3"):
         autoencoder().start_linear([torch.full((1, IMAGE_CHANNELS, 8, 8, 8), 0.5)])
