@@ -76,6 +76,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number above 0, such as 5, or null",
     ),
     "sampling_spacing": (lambda value: value in SPACINGS, f"one of {', '.join(SPACINGS)}"),
+    "sampling_eta": (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number from 0 to 1"),
     "condition_dropout": (
         lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
         "a probability from 0 to below 1, such as 0.1",

@@ -13,6 +13,7 @@ that a volume depends on its own seed, whatever else is in its batch.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -66,8 +67,9 @@ def ddim(
     for t, t_next in pairwise(times):
         z_0, epsilon = split(z, t)
         (alpha, sigma), (alpha_next, sigma_next) = (_levels(schedule, time) for time in (t, t_next))
-        fresh = eta * sigma_next / sigma * max(0.0, 1 - (alpha / alpha_next) ** 2) ** 0.5
-        z = alpha_next * z_0 + max(0.0, sigma_next**2 - fresh**2) ** 0.5 * epsilon
+        between = sigma**2 - (alpha / alpha_next * sigma_next) ** 2  # the variance that z_t has more, given z_t'
+        fresh = eta * sigma_next / sigma * between**0.5
+        z = alpha_next * z_0 + (sigma_next**2 - fresh**2) ** 0.5 * epsilon
         if fresh > 0:
             z = z + fresh * _drawn(z, generators)
     return z
@@ -159,17 +161,28 @@ SAMPLERS: dict[str, Sampler] = {
 FLOW_SAMPLERS = ("euler", "heun")
 
 
-def sampler_for(name: str, schedule: NoiseSchedule) -> Sampler:
+def sampler_for(name: str, schedule: NoiseSchedule, eta: float = 0.0) -> Sampler:
     """Return the sampler that the setting `sampler` names.
 
+    Args:
+        name: a key of `SAMPLERS`.
+        schedule: what it is to work on.
+        eta: of `ddim`.
+
     Raises:
-        InputError: for a name that is none, or a flow's sampler for a diffusion model.
+        InputError: for a name that is none, a flow's sampler for a diffusion model, or η for another than `ddim`.
     """
     if name not in SAMPLERS:
         raise InputError(f"sampler is {name!r}; expected one of {', '.join(SAMPLERS)}.")
     if name in FLOW_SAMPLERS:
         _require_flow(schedule, name)
-    return SAMPLERS[name]
+    if eta == 0:
+        return SAMPLERS[name]
+    if name != "ddim":
+        raise InputError(
+            f"sampling_eta is {eta}, which only the sampler 'ddim' has, and sampler is {name!r}; set it to 0."
+        )
+    return partial(ddim, eta=eta)
 
 
 def _require_flow(schedule: NoiseSchedule, name: str) -> None:

@@ -42,6 +42,7 @@ class Synthesizer:
         guidance: how strongly samples are pushed towards their condition.
         sampler: one of `samplers.SAMPLERS`.
         spacing: of the steps, one of `noise_schedules.SPACINGS`.
+        eta: of the sampler `ddim`, see there.
 
     Raises:
         InputError: for a sampler, a number of steps or an objective that the noise schedule does not go with.
@@ -58,12 +59,13 @@ class Synthesizer:
     guidance: Guidance = field(default_factory=Guidance)
     sampler: str = "ddim"
     spacing: str = "linear"
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         self.schedule = schedule_of(self.noise_schedule)
         check_objective(self.objective, self.noise_schedule)
         self.times = self.schedule.times(self.num_steps, self.spacing)
-        self.solve = samplers.sampler_for(self.sampler, self.schedule)
+        self.solve = samplers.sampler_for(self.sampler, self.schedule, self.eta)
 
     def __call__(self, batch: Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Return volumes (B, C, D, H, W) for the conditions of a batch as stage 2 trains on."""
@@ -180,6 +182,7 @@ class Model:
             parser.get_parsed_content("guided"),
             parser.get_parsed_content("sampler"),
             parser.get_parsed_content("sampling_spacing"),
+            parser.get_parsed_content("sampling_eta"),
         )
         return cls(
             path,
@@ -275,6 +278,8 @@ def sample_to_folder(
                     "Seed": seed + k,
                     "Sampler": model.synthesizer.sampler,
                     "Steps": model.synthesizer.num_steps,
+                    "StepSpacing": model.synthesizer.spacing,
+                    "Eta": model.synthesizer.eta,
                     "Guidance": model.synthesizer.guidance.scale,
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
                     "Units": "normalised intensity, 0 to 1",

@@ -57,6 +57,7 @@ class AutoencoderStep:
             self.discriminator.requires_grad_(False)
             real = self._features(image) if self.loss.feature_matching_weight > 0 else None
             self.loss.add_adversarial(terms, iteration, self._features(shown), real, last_layer(self.autoencoder))
+        del reconstruction  # as large as the volumes, and of no use on the way back, where memory peaks
         update(terms.total(), self.autoencoder, self.optimizer, self.max_grad_norm)
         logged = terms.logged()
         if self.loss.discriminator_trains(iteration):
@@ -134,7 +135,7 @@ class DiffusionStep:
         check_objective(self.objective, self.noise_schedule)
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
-        """Update the weights and return the loss."""
+        """Update the weights and return the loss, its mean over the ranks."""
         self.denoiser.train()
         mean, std, condition = latent_batch(batch, self.codec, self.condition, self.device)
         if condition is not None:
@@ -147,7 +148,7 @@ class DiffusionStep:
             loss = loss * min_snr_weight(self.objective, *self.schedule.alpha_sigma(timesteps), self.min_snr_gamma)
         loss = loss.mean()
         update(loss, self.denoiser, self.optimizer, self.max_grad_norm)
-        return {"loss": loss.item()}
+        return {"loss": mean_over_ranks(loss).item()}
 
 
 @dataclass

@@ -105,6 +105,7 @@ BAD_SETTINGS = {
     "time_distribution": ["normal"],
     "min_snr_gamma": [0, "five"],
     "sampling_spacing": ["leading"],
+    "sampling_eta": [-0.1, 1.5, "some"],
     "condition_dropout": [-0.1, 1],
     "sampling_steps": [0, 2.5],
     "quality_cases": [-1, 2.5],

@@ -2,14 +2,18 @@
 
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from monai.networks.nets import AutoencoderKL, PatchDiscriminator
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
+from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from ranks import on_two_ranks
 from torch import distributed as dist
 from torch import nn
 
+from latdiff3d.codec import LatentCodec
+from latdiff3d.conditioning import NoCondition
 from latdiff3d.distributed import (
     average_gradients,
     gather,
@@ -23,13 +27,15 @@ from latdiff3d.distributed import (
 from latdiff3d.errors import InputError
 from latdiff3d.losses import AutoencoderLoss
 from latdiff3d.networks import downsampling
+from latdiff3d.objectives import Epsilon, Flow
 from latdiff3d.perceptual import FeatureDistance, Perceptual
 from latdiff3d.quantization import VQAutoencoder
-from latdiff3d.training import AutoencoderStep
+from latdiff3d.training import AutoencoderStep, DiffusionStep
 from latdiff3d.wavelets import WaveletAutoencoder
 
 LATENTS = 2
 KINDS = ["kl", "vq_ema", "vq_gradient", "wavelet_kl", "wavelet_vq"]
+OBJECTIVES = {"epsilon": (Epsilon, DDPMScheduler, {"clip_sample": False}), "flow": (Flow, RFlowScheduler, {})}
 
 
 # Sums and means
@@ -138,13 +144,37 @@ def _gradients(kind):
     return {"gradients": gradients, "terms": terms, "book": book}
 
 
+def _stage_2_gradients(kind):
+    """One step of stage 2 on this rank's share of four volumes' latents, noise and times; its gradient and loss."""
+    torch.manual_seed(0)
+    objective, scheduler, settings = OBJECTIVES[kind]
+    denoiser = DiffusionModelUNet(
+        spatial_dims=3, in_channels=LATENTS, out_channels=LATENTS, channels=(8, 8), num_res_blocks=1,
+        norm_num_groups=4, attention_levels=(False, True), num_head_channels=4,
+    )  # fmt: skip
+    nn.init.normal_(denoiser.out[-1].conv.weight, std=0.1)  # at the 0 that it starts from, the others have no gradient
+    mean, std = torch.randn(4, LATENTS, 8, 8, 8), torch.rand(4, LATENTS, 8, 8, 8)
+    draws, times = [torch.randn_like(mean), torch.randn_like(mean)], torch.tensor([20, 310, 640, 970])
+    share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2) if num_ranks() > 1 else slice(None)
+    step = DiffusionStep(
+        denoiser, LatentCodec(nn.Identity(), LATENTS), NoCondition(), scheduler(1000, **settings), objective(),
+        _Kept(denoiser.parameters()), torch.device("cpu"), "fp32", max_grad_norm=math.inf, min_snr_gamma=5.0,
+    )  # fmt: skip
+    step.schedule.draw = lambda num, distribution, device: times[share]
+    own = iter([draw[share] for draw in draws])
+    with mock.patch.object(torch, "randn_like", lambda like: next(own)):  # the posterior's draw, then the noise
+        terms = step(SimpleNamespace(state=SimpleNamespace(iteration=1)), {"mean": mean[share], "std": std[share]})
+    return {"gradient": torch.cat([p.grad.flatten() for p in denoiser.parameters()]), "loss": terms["loss"]}
+
+
 def _all_gradients():
-    return {kind: _gradients(kind) for kind in KINDS}
+    stage_1 = {kind: _gradients(kind) for kind in KINDS}
+    return stage_1 | {kind: _stage_2_gradients(kind) for kind in OBJECTIVES}
 
 
 @pytest.fixture(scope="module")
 def rank_gradients(tmp_path_factory):
-    """Each rank's gradients, of every kind of autoencoder; started once, which is what takes the time."""
+    """Each rank's gradients, of every kind of both stages; started once, which is what takes the time."""
     return on_two_ranks(_all_gradients, tmp_path_factory.mktemp("ranks"))
 
 
@@ -159,3 +189,12 @@ def test_two_ranks_have_the_gradients_of_one_with_the_joint_batch(rank_gradients
             assert (own - expected).norm() <= 1e-4 * expected.norm()
         assert ours["terms"] == pytest.approx(joint["terms"], rel=1e-4)
         assert torch.allclose(ours["book"], joint["book"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_two_ranks_have_stage_2s_gradients_of_one_with_the_joint_batch(rank_gradients, kind):
+    joint = _stage_2_gradients(kind)
+    assert joint["gradient"].norm() > 0
+    for ours in (gradients[kind] for gradients in rank_gradients):
+        assert (ours["gradient"] - joint["gradient"]).norm() <= 1e-4 * joint["gradient"].norm()
+        assert ours["loss"] == pytest.approx(joint["loss"], rel=1e-4)

@@ -112,6 +112,21 @@ def test_ddpm_on_all_times_steps_as_monais():
     assert torch.allclose(ours, theirs_without + fresh * drawn, atol=1e-4)
 
 
+@pytest.mark.parametrize(("schedule", "times"), [(DIFFUSION, [700.0, 400.0]), (FLOW, [500.0, 400.0])])
+def test_ddpm_draws_from_the_posterior_for_diffusion_and_flow(schedule, times):
+    # By Bayes' rule from q(z_t' | z_0) and q(z_t | z_t'), which make q(z_t | z_0): precisions add up.
+    z, z_0 = 0.8, 0.3
+    (alpha, sigma), (alpha_next, sigma_next) = (schedule.alpha_sigma(torch.tensor(time)) for time in times)
+    ratio = alpha / alpha_next
+    noise_between = sigma**2 - (ratio * sigma_next) ** 2
+    variance = 1 / (1 / sigma_next**2 + ratio**2 / noise_between)
+    mean = variance * (alpha_next * z_0 / sigma_next**2 + ratio * z / noise_between)
+    start = torch.full((1, 1, 30, 30, 30), z, dtype=torch.float64)
+    made = ddpm(lambda z, t: (z_0, (z - alpha * z_0) / sigma), start, times, schedule, generators=generators(1))
+    assert made.mean().item() == pytest.approx(mean.item(), abs=0.01)
+    assert made.std().item() == pytest.approx(variance.sqrt().item(), rel=0.02)
+
+
 def test_a_volume_depends_on_its_own_generator_whatever_the_batch():
     split, times = gaussian(DIFFUSION), DIFFUSION.times(5)
     together = ddpm(split, noise(3), times, DIFFUSION, generators=generators(3))
@@ -206,6 +221,14 @@ def test_every_sampler_has_a_name():
 def test_an_unknown_name_is_refused():
     with pytest.raises(InputError, match=r"sampler is 'plms'; expected one of ddim, ddpm, dpm_solver\+\+, euler, heun"):
         sampler_for("plms", DIFFUSION)
+
+
+def test_eta_is_ddims_alone():
+    named, split, times = sampler_for("ddim", DIFFUSION, eta=1.0), gaussian(DIFFUSION), DIFFUSION.times(5)
+    ancestral = ddpm(split, noise(3), times, DIFFUSION, generators=generators(3))
+    assert torch.equal(named(split, noise(3), times, DIFFUSION, generators=generators(3)), ancestral)
+    with pytest.raises(InputError, match=r"sampling_eta is 0\.5, which only the sampler 'ddim' has, and .* 'ddpm'"):
+        sampler_for("ddpm", DIFFUSION, eta=0.5)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun"])
