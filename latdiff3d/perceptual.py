@@ -184,11 +184,16 @@ def pretrained_perceptual(
 
 def segmenter_perceptual(segmenter: UNet, unit_length: bool = True) -> Perceptual:
     """Return the distance in the features of a segmenter's encoder, which sees all modalities together, in [0, 1]."""
+    return Perceptual(FeatureDistance(encoder_stages(segmenter), unit_length), _as_is, modalities_apart=False)
+
+
+def encoder_stages(segmenter: UNet) -> list[nn.Module]:
+    """Return the stages of a UNet's encoder, the finest first, each to be applied to what the one before returns."""
     stages, block = [], segmenter.model
     while isinstance(block, nn.Sequential) and len(block) == 3 and isinstance(block[1], SkipConnection):
         stages.append(block[0])
         block = block[1].submodule
-    return Perceptual(FeatureDistance([*stages, block], unit_length), _as_is, modalities_apart=False)
+    return [*stages, block]
 
 
 def check_perceptual(crop_to: Sequence[int], perceptual: nn.Module | None, num_channels: int) -> None:

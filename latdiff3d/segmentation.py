@@ -26,7 +26,7 @@ from latdiff3d.devices import autocast
 from latdiff3d.dice import label_dice
 from latdiff3d.distributed import mean_over_ranks
 from latdiff3d.errors import InputError
-from latdiff3d.perceptual import Perceptual, segmenter_perceptual
+from latdiff3d.perceptual import Perceptual, encoder_stages, segmenter_perceptual
 from latdiff3d.training import Batch, to_device, update
 
 STAGE = "segmenter"
@@ -185,3 +185,25 @@ def load_judge(
             "purpose=evaluation."
         )
     return load_segmenter(path, "evaluation", settings)
+
+
+@torch.no_grad()
+def encoder_features(segmenter: UNet, image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Return what a segmenter's encoder sees in volumes: (B, F), to compare sets of them by.
+
+    Mean and standard deviation of each channel of each of its stages over a volume's own voxels.
+
+    Args:
+        segmenter: a judge, from `load_judge`.
+        image: (B, C, D, H, W) in [0, 1].
+        valid: (B, 1, D, H, W), 1 on the volume's own voxels.
+    """
+    features, x = [], image
+    for stage in encoder_stages(segmenter):
+        x = stage(x)  # (B, C', D / s, H / s, W / s)
+        share = F.interpolate(valid.float(), x.shape[2:], mode="area")  # of a cell's voxels that are the volume's own
+        share = share / share.sum((2, 3, 4), keepdim=True)
+        mean = (share * x).sum((2, 3, 4), keepdim=True)
+        variance = (share * (x - mean) ** 2).sum((2, 3, 4))
+        features += [mean[:, :, 0, 0, 0], variance.sqrt()]
+    return torch.cat(features, dim=1)

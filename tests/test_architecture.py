@@ -16,7 +16,8 @@ FLOORS = [
     {"segmentation", "quality"},
     {"training", "latents", "latent_cache", "quality_page"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"},
-    {"dice", "fidelity", "spectrum", "linear_codes", "latent_moments", "verdict", "fingerprints", "guidance"},
+    {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
+    | {"fingerprints", "guidance"},
     {"codec", "conditioning", "objectives", "samplers", "losses", "perceptual", "wavelets", "figures"},
     {"networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},

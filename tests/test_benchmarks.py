@@ -43,6 +43,17 @@ def test_training_from_the_cache_races_training_that_encodes(tiny_runs, tmp_path
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["first", "tiny.yaml"]  # the cache is gone
 
 
+def test_a_dozen_calls_race_fifty_steps_before_a_judge_that_is_trained_first(tiny_runs, tmp_path):
+    overlay, judge = tmp_path / "tiny.yaml", tmp_path / "judge"
+    overlay.write_text(yaml.safe_dump(TINY_AUTOENCODER))
+    words = ("--data", tiny_runs.data, "--config", overlay, "--run", tiny_runs.diffusion, "--segmenter", judge)
+    figures = last_line(run_process("benchmarks/sampling.py", *words, "--guidance", "2", "--seeds", "1"))
+    assert (figures["calls_ours"], figures["calls_ddim"], figures["calls_monai"]) == (12, 100, 100)
+    assert 0 < figures["time_ratio"] < 0.5 and {"mmd_ratio", "mmd_ratio_interval"} <= set(figures)
+    assert figures["ms_ssim_ours"] is None  # volumes of 16³ hold no two scales
+    assert (judge / "checkpoints" / "best.pt").is_file()
+
+
 def test_a_benchmark_of_no_time_is_refused(phantoms, tmp_path):
     words = ("--data", phantoms, "--run", tmp_path, "--minutes", "0")
     ended = run_process("benchmarks/autoencoder.py", *words)

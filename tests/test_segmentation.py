@@ -18,6 +18,7 @@ from latdiff3d.handlers import read_metrics
 from latdiff3d.segmentation import (
     SegmenterStep,
     SegmenterValidation,
+    encoder_features,
     load_judge,
     load_segmenter,
     seed_for,
@@ -54,6 +55,26 @@ def network():
 def step(precision="fp32"):
     segmenter = network()
     return SegmenterStep(segmenter, torch.optim.Adam(segmenter.parameters(), 1e-2), CPU, precision)
+
+
+# What it sees
+
+
+def test_features_are_means_and_deviations_over_a_volumes_own_voxels():
+    torch.manual_seed(0)
+    segmenter = UNet(3, 1, CLASSES, channels=(8, 16), strides=(2,), num_res_units=1, norm="batch").eval()
+    batch = volumes(2)
+    features = encoder_features(segmenter, batch["image"], batch["valid"])
+    stage = segmenter.model[0](batch["image"])
+    assert features.shape == (2, 2 * (8 + 16))
+    assert torch.allclose(features[:, :8], stage.mean((2, 3, 4)), atol=1e-5)
+    assert torch.allclose(features[:, 8:16], stage.std((2, 3, 4), correction=0), atol=1e-5)
+    alone = encoder_features(segmenter, batch["image"][1:], batch["valid"][1:])[0]
+    assert torch.allclose(alone, features[1], atol=1e-5)
+    more = padded(batch, 16, image=1.0)
+    apart = encoder_features(segmenter, more["image"], more["valid"]) - features  # by their border alone
+    whole = encoder_features(segmenter, more["image"], torch.ones_like(more["valid"])) - features
+    assert apart.abs().mean() < 0.2 * whole.abs().mean()
 
 
 # The loss

@@ -1,0 +1,352 @@
+"""Are volumes made in a dozen calls of the network as good as those of 50 steps of DDIM, and in how much of the time?
+
+    python benchmarks/sampling.py --data DATA --run runs/diffusion --segmenter runs/judge [--guidance 2] [--cases 5]
+
+For each validation mask and three seeds, in turn on one network, one volume at a time:
+
+- ours: DPM-Solver++(2M), or Heun's method for a flow, in as many steps as `--calls` calls of the denoiser allow: with
+  guidance, a step takes two. Calls are counted, not computed.
+- ddim: our DDIM in 50 steps, with the right times.
+- monai: MONAI's LatentDiffusionInferer with its DDIMScheduler, or RFlowScheduler for a flow, in 50 steps.
+
+Time is that of a volume from the mask's file to intensities. Quality is the unbiased squared MMD between the real
+volumes and those made for their masks, on the evaluation segmenter's features (mean and standard deviation of each
+channel over the volume's own voxels, in units of their spread over the real volumes), with the kernel of the kernel
+inception distance and with a Gaussian one whose width is the real volumes' median distance. `mmd_ratio` is the median
+over the seeds of ours over the better of the two others, by the first kernel; `time_ratio` our time over that of the
+one with the lower median. Variety is MS-SSIM between neighbouring cases' volumes, higher where they are more alike.
+Intervals, of 95 %, are by bootstrap over cases. How far the training volumes are from those of validation is printed.
+
+`--run` is stage 2's run; it, its first stage and the judge are trained where they are missing. The last line is a JSON
+object.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import LatentDiffusionInferer
+from torch import nn
+
+from latdiff3d import checkpoints, runs
+from latdiff3d.cli import door
+from latdiff3d.config import CONFIG_FOLDER
+from latdiff3d.devices import autocast
+from latdiff3d.errors import InputError
+from latdiff3d.fidelity import ms_ssim, num_scales
+from latdiff3d.kernel_distance import (
+    Kernel,
+    Similarities,
+    bootstrap_interval,
+    gaussian_kernel,
+    median_distance,
+    paired_squared_mmd,
+    polynomial_kernel,
+    similarities,
+    squared_mmd,
+)
+from latdiff3d.noise_schedules import FlowSchedule
+from latdiff3d.segmentation import encoder_features, load_judge
+from latdiff3d.synthesis import Model, cases_of_split
+
+STEPS = 50  # of the two others
+SETTINGS = ("modalities", "labels", "mask_mode", "spacing", "intensity_percentiles")
+
+Arm = Callable[[str, int], torch.Tensor]  # mask and seed → volume (C, D, H, W)
+
+
+class Measured(NamedTuple):
+    """What is known of an arm's volumes, or of the real ones, for each seed.
+
+    Attributes:
+        features: (N, F).
+        alike: MS-SSIM of each volume and the next case's, (N,).
+    """
+
+    features: list[np.ndarray]
+    alike: list[np.ndarray]
+
+
+def main() -> None:
+    """Sample in turn, measure and print."""
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--data", required=True, help="the data set's folder")
+    arguments.add_argument("--run", required=True, help="stage 2's run; trained there if there is none")
+    arguments.add_argument("--first-stage", help="stage 1's run, for a stage 2 yet to be trained")
+    arguments.add_argument("--segmenter", help="the evaluation segmenter's run; trained there if there is none")
+    arguments.add_argument("--config", default=str(CONFIG_FOLDER / "hippocampus.yaml"), help="overlay for the data set")
+    arguments.add_argument("--calls", type=int, default=12, help="of the denoiser, for a volume of ours")
+    arguments.add_argument("--guidance", type=float, help="its scale, for all (default: the configuration's)")
+    arguments.add_argument("--seeds", type=int, default=3, help="volumes for each mask")
+    arguments.add_argument("--cases", type=int, help="look at so many validation masks only")
+    given = arguments.parse_args()
+    if given.calls < 1 or given.seeds < 1 or (given.cases is not None and given.cases < 2):
+        raise InputError(
+            f"{given.calls} calls, {given.seeds} seeds, {given.cases} cases; expected 1, 1 and 2 at least."
+        )
+    judge_run = given.segmenter or f"{given.run}_judge"
+    train_missing(given, judge_run)
+    model = Model.load(given.run, guidance=given.guidance)
+    if not model.is_conditional:
+        raise InputError(f"{given.run} is an unconditional model; expected one that volumes are made for masks with.")
+    judge = load_judge(judge_run, judged(model), {key: model.config[key] for key in SETTINGS}).to(device_of(model))
+
+    cases = cases_of_split(model, given.data, "val")[: given.cases]
+    if len(cases) < 2:
+        raise InputError(f"{given.data} has {len(cases)} validation case; expected two at least.")
+    reals, own = real_volumes(model, cases)
+    real = Measured([features_of(judge, reals, own)], [neighbours(reals)])
+    others, others_own = real_volumes(model, cases_of_split(model, given.data, "train")[: len(cases)])
+    other_features = features_of(judge, others, others_own)
+
+    arms, calls = arms_of(model, given.calls), CallCounter(model.synthesizer.denoiser)
+    counted = {name: calls.of(arm, cases[0]["mask"]) for name, arm in arms.items()}  # and warmed up
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    made = {name: Measured([], []) for name in arms}
+    for seed in range(given.seeds):
+        volumes: dict[str, list[torch.Tensor]] = {name: [] for name in arms}
+        for number, case in enumerate(cases):
+            for name, arm in arms.items():
+                begun = time.perf_counter()
+                own_seed = seed * len(cases) + number  # its own noise for each volume, the same for all arms
+                volumes[name].append(arm(case["mask"], own_seed))  # on the CPU, so that a GPU is waited for
+                seconds[name].append(time.perf_counter() - begun)
+        for name, found in volumes.items():
+            made[name].features.append(features_of(judge, found, own))
+            made[name].alike.append(neighbours(found))
+        print(f"seed {seed}: {3 * len(cases)} volumes", flush=True)
+    summary = summarised(real, other_features, made, seconds, counted)
+    print_table(summary)
+    print(json.dumps(summary))
+
+
+def train_missing(given: argparse.Namespace, judge_run: str) -> None:
+    """Train stage 2, its first stage and the judge, each where there is no checkpoint."""
+
+    def train(stage: str, run: str, **settings: Any) -> None:
+        if not (Path(run) / checkpoints.FOLDER / "best.pt").is_file():
+            overlays = [given.config, CONFIG_FOLDER / f"hippocampus_{stage}.yaml"]
+            runs.start(overlays, [], {"dataset_dir": given.data, "run_dir": run, **settings}, stage)
+
+    if not (Path(given.run) / checkpoints.FOLDER / "best.pt").is_file():
+        first_stage = given.first_stage or f"{given.run}_autoencoder"
+        train("autoencoder", first_stage)
+        train("diffusion", given.run, first_stage=first_stage)
+    train("segmenter", judge_run, purpose="evaluation")
+
+
+def judged(model: Model) -> list[dict[str, Any]]:
+    """Return the contents of both stages' checkpoints; of stage 1's, only where it still is."""
+    content = checkpoints.load(model.path, "diffusion")
+    first = Path(content["first_stage"]["path"])
+    return [content, *([checkpoints.load(first, "autoencoder")] if first.is_file() else [])]
+
+
+def device_of(model: Model) -> torch.device:
+    """Return where the model computes."""
+    return model.synthesizer.device
+
+
+def real_volumes(model: Model, cases: Sequence[dict[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the cases' volumes (C, D, H, W) as the model sees them, cut around their masks, and their own voxels."""
+    volumes, own = [], []
+    for case in cases:
+        grid = model.grid_of(case["mask"])
+        assert grid is not None
+        image = model.preprocessing({"image": case["image"]})["image"]
+        volumes.append(torch.as_tensor(grid.crop(grid.pad(image))).float())
+        own.append(torch.as_tensor(grid.crop(grid.pad(torch.ones_like(image[:1])))).float())
+    return volumes, own
+
+
+def arms_of(model: Model, num_calls: int) -> dict[str, Arm]:
+    """Return the three samplers by name."""
+    synthesizer = model.synthesizer
+    is_flow, per_step = isinstance(synthesizer.schedule, FlowSchedule), 1 if synthesizer.guidance.scale == 1 else 2
+    budget = max(1, num_calls // per_step)
+    few = {"sampler": "dpm_solver++", "num_steps": budget, "spacing": "log_snr"}
+    if is_flow:  # Heun's last step takes one call, the others two
+        few = {"sampler": "heun", "num_steps": (budget + 1) // 2, "spacing": "linear"}
+    many = {"sampler": "ddim", "num_steps": STEPS, "spacing": "linear"}
+    ours = replace(model, synthesizer=replace(synthesizer, eta=0.0, **few))
+    ddim = replace(model, synthesizer=replace(synthesizer, eta=0.0, **many))
+    return {
+        "ours": lambda mask, seed: ours.sample(mask, seed).volume,
+        "ddim": lambda mask, seed: ddim.sample(mask, seed).volume,
+        "monai": monais(model, monais_scheduler(model, is_flow)),
+    }
+
+
+def monais_scheduler(model: Model, is_flow: bool) -> nn.Module:
+    """Return MONAI's scheduler for sampling, of the noise schedule that was trained on."""
+    definition = {**model.config["noise_schedule"], **({} if is_flow else {"_target_": "DDIMScheduler"})}
+    scheduler = ConfigParser({**model.config.get(), "noise_schedule": definition}).get_parsed_content("noise_schedule")
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def monais(model: Model, scheduler: nn.Module) -> Arm:
+    """Return MONAI's inferer with the same network, in the same precision, from the same noise."""
+    synthesizer = model.synthesizer
+    inferer = LatentDiffusionInferer(scheduler, scale_factor=1.0)
+    guidance = synthesizer.guidance
+
+    def denoiser(x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        with autocast(synthesizer.device, synthesizer.precision):
+            return synthesizer.denoiser(x, timesteps).float()
+
+    def sample(mask: str, seed: int) -> torch.Tensor:
+        grid = model.grid_of(mask)
+        assert grid is not None
+        condition = synthesizer.condition(grid.mask.as_tensor()[None]).to(synthesizer.device)
+        shape = (len(synthesizer.codec.latent_mean), *condition.shape[2:])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None].to(synthesizer.device)
+        synthesizer.denoiser.eval()
+        volume = inferer.sample(
+            noise, synthesizer.codec, denoiser, conditioning=condition, mode="concat", verbose=False,
+            cfg=None if guidance.scale == 1 else guidance.scale, cfg_fill_value=guidance.null_value,
+        )  # fmt: skip
+        return volume[0].clamp(0, 1).cpu()
+
+    return sample
+
+
+class CallCounter:
+    """Counts how often the denoiser sees a volume; in a batch of two, twice."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.num_calls = 0
+        denoiser.register_forward_pre_hook(self._count)
+
+    def of(self, arm: Arm, mask: str) -> int:
+        """Return how many calls an arm makes for a volume."""
+        self.num_calls = 0
+        arm(mask, 0)
+        return self.num_calls
+
+    def _count(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.num_calls += len(inputs[0])
+
+
+def features_of(judge: nn.Module, volumes: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> np.ndarray:
+    """Return the judge's features (N, F) of volumes (C, D, H, W)."""
+    device = next(judge.parameters()).device
+    rows = [
+        encoder_features(judge, volume[None].to(device), valid[None].to(device))[0]
+        for volume, valid in zip(volumes, own, strict=True)
+    ]
+    return torch.stack(rows).double().cpu().numpy()
+
+
+def neighbours(volumes: Sequence[torch.Tensor]) -> np.ndarray:
+    """Return MS-SSIM of each case's volume and the next one's (N,); NaN where volumes are too small for it."""
+    if num_scales(volumes[0].shape[1:]) < 2:
+        return np.full(len(volumes), np.nan)
+    following = [*volumes[1:], volumes[0]]
+    pairs = zip(volumes, following, strict=True)
+    return np.array([ms_ssim(one.numpy(), other.numpy()).mean() for one, other in pairs])
+
+
+def summarised(
+    real: Measured,
+    other_features: np.ndarray,
+    made: dict[str, Measured],
+    seconds: dict[str, list[float]],
+    counted: dict[str, int],
+) -> dict[str, Any]:
+    """Return the figures of the last line."""
+    centre, spread = real.features[0].mean(0), real.features[0].std(0).clip(1e-6)
+
+    def scaled(features: np.ndarray) -> np.ndarray:
+        return (features - centre) / spread
+
+    reference = scaled(real.features[0])
+    kernels: dict[str, Kernel] = {"kid": polynomial_kernel, "gaussian": gaussian_kernel(median_distance(reference))}
+    summary: dict[str, Any] = {}
+    for kernel_name, kernel in kernels.items():
+        between = {
+            arm: [similarities(reference, scaled(features), kernel) for features in found.features]
+            for arm, found in made.items()
+        }
+        distances = {arm: [paired_squared_mmd(one) for one in found] for arm, found in between.items()}
+        prefix = "" if kernel_name == "kid" else f"{kernel_name}_"
+        summary |= {
+            f"{prefix}mmd_ratio": figure(median_ratio(between)),
+            f"{prefix}mmd_ratio_interval": interval(lambda w, b=between: median_ratio(b, w), len(reference)),
+            **{f"{prefix}mmd_{arm}": [figure(value) for value in found] for arm, found in distances.items()},
+            f"{prefix}mmd_train": figure(squared_mmd(similarities(reference, scaled(other_features), kernel))),
+        }
+        if kernel_name == "kid":
+            better = min(("ddim", "monai"), key=lambda arm: np.median(distances[arm]))
+    per_volume = {arm: float(np.mean(found)) for arm, found in seconds.items()}
+    alike = {"real": real.alike, **{arm: found.alike for arm, found in made.items()}}
+    return {
+        "time_ratio": figure(per_volume["ours"] / per_volume[better]),
+        "better": better,
+        **summary,
+        **{f"seconds_{arm}": figure(value) for arm, value in per_volume.items()},
+        **{f"calls_{arm}": value for arm, value in counted.items()},
+        **{f"ms_ssim_{name}": figure(float(np.mean(values))) for name, values in alike.items()},
+        **{f"ms_ssim_{name}_interval": variety_interval(np.mean(values, axis=0)) for name, values in alike.items()},
+        "num_cases": len(reference),
+        "num_seeds": len(made["ours"].features),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def median_ratio(between: dict[str, list[Similarities]], weights: np.ndarray | None = None) -> float:
+    """Return the median over the seeds of our squared MMD over the better of the others'; NaN where that is not > 0."""
+    ratios = []
+    for ours, *others in zip(between["ours"], between["ddim"], between["monai"], strict=True):
+        best = min(paired_squared_mmd(one, weights) for one in others)
+        ratios.append(paired_squared_mmd(ours, weights) / best if best > 0 else math.nan)
+    return float(np.median(ratios))
+
+
+def interval(statistic: Callable[[np.ndarray], float], num_cases: int) -> list[float | None]:
+    """Return a statistic's 95 % interval."""
+    return [figure(end) for end in bootstrap_interval(statistic, num_cases)]
+
+
+def variety_interval(alike: np.ndarray) -> list[float | None]:
+    """Return the interval of a mean over neighbouring cases (N,)."""
+    if np.isnan(alike).any():
+        return [None, None]
+    return interval(lambda weights: float(weights @ alike / weights.sum()), len(alike))
+
+
+def figure(value: float) -> float | None:
+    """Return a number as it is printed, None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else float(f"{value:.4g}")
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Print a line for each arm."""
+    print(f"{'':8}{'calls':>6}{'s a volume':>12}{'MMD² (KID kernel)':>22}{'MMD² (Gaussian)':>22}{'MS-SSIM':>10}")
+    for arm in ("ours", "ddim", "monai"):
+        distances = [
+            f"{np.median(found):.3g} ({min(found):.3g} to {max(found):.3g})"
+            for found in (summary[f"mmd_{arm}"], summary[f"gaussian_mmd_{arm}"])
+        ]
+        print(
+            f"{arm:8}{summary[f'calls_{arm}']:6}{summary[f'seconds_{arm}']:12.2f}{distances[0]:>22}{distances[1]:>22}"
+            f"{summary[f'ms_ssim_{arm}'] or math.nan:10.3f}"
+        )
+    print(
+        f"real volumes: MS-SSIM {summary['ms_ssim_real'] or math.nan:.3f}; those of training are at MMD² "
+        f"{summary['mmd_train']:.3g} and {summary['gaussian_mmd_train']:.3g}\n"
+        f"ours over {summary['better']}: {summary['time_ratio']} of its time; MMD² ratio to the better of the two "
+        f"{summary['mmd_ratio']}, 95 % {summary['mmd_ratio_interval']}"
+    )
+
+
+if __name__ == "__main__":
+    door(main)
