@@ -58,6 +58,7 @@ from latdiff3d.segmentation import encoder_features, load_judge
 from latdiff3d.synthesis import Model, cases_of_split
 
 STEPS = 50  # of the two others
+SPREAD_FLOOR = 0.1  # of the median: a feature that hardly varies over the real volumes would decide all distances
 SETTINGS = ("modalities", "labels", "mask_mode", "spacing", "intensity_percentiles")
 
 Arm = Callable[[str, int], torch.Tensor]  # mask and seed → volume (C, D, H, W)
@@ -263,7 +264,8 @@ def summarised(
     counted: dict[str, int],
 ) -> dict[str, Any]:
     """Return the figures of the last line."""
-    centre, spread = real.features[0].mean(0), real.features[0].std(0).clip(1e-6)
+    centre, spread = real.features[0].mean(0), real.features[0].std(0)
+    spread = spread.clip(SPREAD_FLOOR * np.median(spread))
 
     def scaled(features: np.ndarray) -> np.ndarray:
         return (features - centre) / spread
