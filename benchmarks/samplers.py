@@ -4,9 +4,11 @@
 
 For a Gaussian and for two modes, the exact denoiser is known in closed form; what is left is the samplers' own error.
 Prints the mean and the standard deviation that each ends with, over 20 000 samples, beside MONAI's DDIM, DDPM and flow
-schedulers (with `set_timesteps`, as its inferers use them) and beside the truth, and each one's order of convergence:
-by which power of the number of steps its distance from the exact solution falls between 40 and 80 of them. Diffusion
-steps are spaced evenly in log SNR, `linear` for DDPM, flow's evenly in time. The last line is a JSON object.
+schedulers (with `set_timesteps`, as its inferers use them) and beside the truth; the noise that all begin with has mean
+0 and standard deviation 1 to the last digit. Diffusion steps are spaced evenly in log SNR, `linear` for DDPM, flow's
+evenly in time. Then the same by spacing, for 10 steps on two modes, and each one's order of convergence: by which power
+of the number of steps its distance from the exact solution falls between 40 and 80 of them. The last line is a JSON
+object.
 """
 
 import argparse
@@ -18,14 +20,15 @@ import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
 from latdiff3d.cli import door
-from latdiff3d.noise_schedules import NoiseSchedule, schedule_of
-from latdiff3d.samplers import SAMPLERS, Split, dpm_solver_pp_2m, heun
+from latdiff3d.noise_schedules import SPACINGS, NoiseSchedule, schedule_of
+from latdiff3d.samplers import FLOW_SAMPLERS, SAMPLERS, Split, dpm_solver_pp_2m, heun
 
 SETTINGS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False}
 DIFFUSION = schedule_of(DDPMScheduler(1000, **SETTINGS))
 FLOW = schedule_of(RFlowScheduler(1000, use_discrete_timesteps=False))
 STEPS = (5, 10, 25, 50)
 ORDER_STEPS = (40, 80)
+SPACING_STEPS = 10
 MEAN, STD = 0.3, 0.5  # of the Gaussian
 MODES, MODE_STD = 1.0, 0.1  # at −1 and 1, alike
 TRUTHS = {"gaussian": (MEAN, STD), "two modes": (0.0, math.hypot(MODES, MODE_STD))}
@@ -40,6 +43,7 @@ def main() -> None:
     given = arguments.parse_args()
     num = 2_000 if given.short else 20_000
     noise = torch.randn((num, 1, 1, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
     for data, exact in (("gaussian", gaussian), ("two modes", two_modes)):
         mean, std = TRUTHS[data]
@@ -50,9 +54,26 @@ def main() -> None:
             found = {str(steps): statistics(sample(noise, steps)) for steps in counts}
             print(f"{name:14}" + "".join(f"{mean:12.3f} ± {std:.3f}  " for mean, std in found.values()))
             results.setdefault(data, {})[name] = found
+    spacings = by_spacing(noise)
+    print(f"\ntwo modes, std at {SPACING_STEPS} steps: " + ", ".join(SPACINGS))
+    for name, stds in spacings.items():
+        print(f"{name:24}" + "".join(f"{std:8.3f}" for std in stds.values()))
     orders = {name: round(order(name, noise[:200]), 2) for name in SAMPLERS if name != "ddpm"}
     print("\norder of convergence: " + ", ".join(f"{name} {value}" for name, value in orders.items()))
-    print(json.dumps({"truth": TRUTHS, **results, "orders": orders}))
+    print(json.dumps({"truth": TRUTHS, **results, "std_by_spacing": spacings, "orders": orders}))
+
+
+def by_spacing(noise: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Return the standard deviation that each sampler ends with on two modes, by process and spacing."""
+    found: dict[str, dict[str, float]] = {}
+    for process, schedule in (("diffusion", DIFFUSION), ("flow", FLOW)):
+        for name in SAMPLERS:
+            if schedule is FLOW or name not in FLOW_SAMPLERS:
+                found[f"{name}, {process}"] = {
+                    spacing: statistics(sampled(name, two_modes, noise, SPACING_STEPS, schedule, spacing))[1]
+                    for spacing in SPACINGS
+                }
+    return found
 
 
 def statistics(samples: torch.Tensor) -> list[float]:
@@ -86,7 +107,10 @@ def two_modes(schedule: NoiseSchedule) -> Split:
 
 def arms(data: Data) -> dict[str, Callable[[torch.Tensor, int], torch.Tensor]]:
     """Return samplers by name, each a function of noise and number of steps."""
-    ours = {name: lambda noise, steps, name=name: sampled(name, data, noise, steps) for name in SAMPLERS}
+    ours = {
+        name: lambda noise, steps, name=name: sampled(name, data, noise, steps, *schedule_for(name))
+        for name in SAMPLERS
+    }
     return {
         **ours,
         "MONAI ddim": lambda noise, steps: monais(DDIMScheduler(1000, **SETTINGS), data(DIFFUSION), noise, steps),
@@ -100,9 +124,10 @@ def schedule_for(name: str) -> tuple[NoiseSchedule, str]:
     return (FLOW, "linear") if name in ("euler", "heun") else (DIFFUSION, "linear" if name == "ddpm" else "log_snr")
 
 
-def sampled(name: str, data: Data, noise: torch.Tensor, steps: int) -> torch.Tensor:
+def sampled(
+    name: str, data: Data, noise: torch.Tensor, steps: int, schedule: NoiseSchedule, spacing: str
+) -> torch.Tensor:
     """Return what one of ours ends with; all of the samples are one volume to it, with one generator."""
-    schedule, spacing = schedule_for(name)
     volume, generators = noise.view(1, -1, 1, 1, 1), [torch.Generator().manual_seed(1)]
     sampler = SAMPLERS[name]
     return sampler(data(schedule), volume, schedule.times(steps, spacing), schedule, generators=generators)

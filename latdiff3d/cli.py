@@ -1,7 +1,7 @@
 """What the user types: builds a list of configuration files and settings, nothing more."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +46,7 @@ def train(
 @app.command()
 def sample(
     model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of stage 2, or its run's folder")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as guidance_interval=[0,0.8]")] = None,
     out: Annotated[Path, typer.Option(help="folder for the volumes")] = Path("samples"),
     mask: Annotated[Path | None, typer.Option(help="a NIfTI mask, or a folder of them")] = None,
     data: Annotated[Path | None, typer.Option(help="a data set, for the masks of its --split")] = None,
@@ -59,7 +60,7 @@ def sample(
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
 ) -> None:
     """Make synthetic volumes that lie on masks."""
-    run_sampling(model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler)
+    run_sampling(model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings)
 
 
 @app.command()
@@ -107,6 +108,7 @@ def run_sampling(
     gpus: str | None,
     guidance: float | None,
     sampler: str | None,
+    settings: Sequence[str] | None = None,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
@@ -114,6 +116,7 @@ def run_sampling(
         InputError: for a user's mistake.
     """
     from latdiff3d import synthesis
+    from latdiff3d.config import parse_settings
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -121,7 +124,7 @@ def run_sampling(
         raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
-    loaded = synthesis.Model.load(model, steps, gpus, guidance, sampler)
+    loaded = synthesis.Model.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     if data is not None:
         masks: list[Any] = [case["mask"] for case in synthesis.cases_of_split(loaded, data, split)]
     else:

@@ -75,7 +75,10 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
         "a number above 0, such as 5, or null",
     ),
-    "sampling_spacing": (lambda value: value in SPACINGS, f"one of {', '.join(SPACINGS)}"),
+    "sampling_spacing": (
+        lambda value: value is None or value in SPACINGS,
+        f"one of {', '.join(SPACINGS)}, or null for the sampler's own",
+    ),
     "sampling_eta": (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number from 0 to 1"),
     "condition_dropout": (
         lambda value: isinstance(value, (int, float)) and 0 <= value < 1,

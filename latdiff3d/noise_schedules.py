@@ -17,6 +17,13 @@ SPACINGS = ("linear", "trailing", "log_snr")
 TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
 # The noise levels between which flow places steps evenly in log(α / σ), which is infinite at its ends.
 FLOW_ENDS = (0.999, 0.001)
+# What MONAI's schedulers can do besides, and ours do not: elsewhere than here it would silently have no effect.
+ONLY = {
+    "clip_sample": False,
+    "variance_type": "fixed_small",
+    "sample_method": "uniform",
+    "use_timestep_transform": False,
+}
 
 
 class NoiseSchedule(ABC):
@@ -171,8 +178,16 @@ def schedule_of(scheduler: nn.Module) -> NoiseSchedule:
     """Return the schedule by which MONAI's `scheduler` noises latents.
 
     Raises:
-        InputError: for another scheduler than DDPMScheduler, or its children, and RFlowScheduler.
+        InputError: for another scheduler than DDPMScheduler, or its children, and RFlowScheduler, or one with a setting
+            that training and samplers here would not follow.
     """
+    for setting, followed in ONLY.items():
+        found = getattr(scheduler, setting, followed)
+        if found != followed:
+            advice = "; set time_distribution" if setting == "sample_method" else ""
+            raise InputError(
+                f"noise_schedule::{setting} is {found}, which is not followed; expected {followed}{advice}."
+            )
     if isinstance(scheduler, RFlowScheduler):
         return FlowSchedule(scheduler.num_train_timesteps)
     if isinstance(scheduler, DDPMScheduler):

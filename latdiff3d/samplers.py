@@ -185,6 +185,15 @@ def sampler_for(name: str, schedule: NoiseSchedule, eta: float = 0.0) -> Sampler
     return partial(ddim, eta=eta)
 
 
+def spacing_for(name: str, schedule: NoiseSchedule) -> str:
+    """Return the spacing of steps that suits a sampler best in few of them, by benchmarks/samplers.py.
+
+    DPM-Solver++ extrapolates, which fails over the one long step of log(α / σ) that a diffusion's even times have; a
+    flow's have none so long.
+    """
+    return "log_snr" if name == "dpm_solver++" and not isinstance(schedule, FlowSchedule) else "linear"
+
+
 def _require_flow(schedule: NoiseSchedule, name: str) -> None:
     if not isinstance(schedule, FlowSchedule):
         others = ", ".join(sampler for sampler in SAMPLERS if sampler not in FLOW_SAMPLERS)

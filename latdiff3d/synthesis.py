@@ -15,6 +15,7 @@ from torch import nn
 from latdiff3d import checkpoints, samplers
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import MaskCondition, NoCondition
+from latdiff3d.config import check_settings, refuse_unknown_keys
 from latdiff3d.devices import autocast, device
 from latdiff3d.errors import InputError
 from latdiff3d.guidance import Guidance
@@ -32,6 +33,12 @@ from latdiff3d.volumes import (
     write_synthetic,
 )
 
+# What may differ between samples of one model; all else is as it was trained.
+SAMPLING_SETTINGS = (
+    "sampler", "sampling_steps", "sampling_spacing", "sampling_eta", "guidance", "guidance_interval",
+    "guidance_in_sequence", "precision",
+)  # fmt: skip
+
 
 @dataclass
 class Synthesizer:
@@ -41,7 +48,7 @@ class Synthesizer:
         num_steps: of the sampler; the denoiser is called as often for a volume, twice as often where guidance acts.
         guidance: how strongly samples are pushed towards their condition.
         sampler: one of `samplers.SAMPLERS`.
-        spacing: of the steps, one of `noise_schedules.SPACINGS`.
+        spacing: of the steps, one of `noise_schedules.SPACINGS`; None for the sampler's own, `samplers.spacing_for`.
         eta: of the sampler `ddim`, see there.
 
     Raises:
@@ -58,14 +65,19 @@ class Synthesizer:
     num_steps: int = 50
     guidance: Guidance = field(default_factory=Guidance)
     sampler: str = "ddim"
-    spacing: str = "linear"
+    spacing: str | None = None
     eta: float = 0.0
 
     def __post_init__(self) -> None:
         self.schedule = schedule_of(self.noise_schedule)
         check_objective(self.objective, self.noise_schedule)
-        self.times = self.schedule.times(self.num_steps, self.spacing)
+        self.times = self.schedule.times(self.num_steps, self.step_spacing)
         self.solve = samplers.sampler_for(self.sampler, self.schedule, self.eta)
+
+    @property
+    def step_spacing(self) -> str:
+        """Return the spacing of the steps, the sampler's own where none is set."""
+        return self.spacing or samplers.spacing_for(self.sampler, self.schedule)
 
     def __call__(self, batch: Mapping[str, Any], seed: int = 0) -> torch.Tensor:
         """Return volumes (B, C, D, H, W) for the conditions of a batch as stage 2 trains on."""
@@ -73,9 +85,7 @@ class Synthesizer:
         return self.sample(mean.shape[1:], condition, [seed] * len(mean))
 
     @torch.no_grad()
-    def sample(
-        self, shape: Sequence[int], condition: torch.Tensor | None, seeds: Sequence[int]
-    ) -> torch.Tensor:
+    def sample(self, shape: Sequence[int], condition: torch.Tensor | None, seeds: Sequence[int]) -> torch.Tensor:
         """Return one volume a seed, (B, C, D, H, W) in [0, 1].
 
         Args:
@@ -146,6 +156,7 @@ class Model:
         gpus: str | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> "Model":
         """Read a checkpoint, or the best one of a run's folder.
 
@@ -155,17 +166,26 @@ class Model:
             gpus: the number of one GPU; see `devices.device`.
             guidance: its scale; the configuration's where None.
             sampler: one of `samplers.SAMPLERS`; the configuration's where None.
+            settings: others of `SAMPLING_SETTINGS`, in place of the configuration's.
 
         Raises:
-            InputError: no such checkpoint, damaged, or of stage 1; guidance that it was not trained for.
+            InputError: no such checkpoint, damaged, of stage 1, or of a version with fewer settings; guidance that it
+                was not trained for; a setting that is not of sampling, or not what it must be.
         """
+        chosen = dict(settings or {})
+        refuse_unknown_keys(chosen, dict.fromkeys(SAMPLING_SETTINGS), "sampling")
+        check_settings(chosen)
+        named = {"guidance": guidance, "sampler": sampler, "sampling_steps": num_steps}
+        chosen |= {key: value for key, value in named.items() if value is not None}
         path = checkpoints.find(place)
         content = checkpoints.load(path, "diffusion")
         parser = ConfigParser(yaml.safe_load(content["config"]))
         parser["device"] = device(gpus)
-        for key, value in (("guidance", guidance), ("sampler", sampler), ("sampling_steps", num_steps)):
-            if value is not None:
-                parser[key] = value
+        for key, value in chosen.items():
+            parser[key] = value
+        missing = [key for key in SAMPLING_SETTINGS if key not in parser.get()]
+        if missing:
+            raise InputError(f"{path} is of an earlier version, without {', '.join(missing)}; give key=value for each.")
         parser.parse(True)
         denoiser, codec = parser.get_parsed_content("denoiser"), parser.get_parsed_content("codec")
         checkpoints.load_weights(denoiser, content["objects"]["ema"], str(path))
@@ -278,7 +298,7 @@ def sample_to_folder(
                     "Seed": seed + k,
                     "Sampler": model.synthesizer.sampler,
                     "Steps": model.synthesizer.num_steps,
-                    "StepSpacing": model.synthesizer.spacing,
+                    "StepSpacing": model.synthesizer.step_spacing,
                     "Eta": model.synthesizer.eta,
                     "Guidance": model.synthesizer.guidance.scale,
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import yaml
 from conftest import TINY, TINY_AUTOENCODER, run_process
 
@@ -29,6 +30,7 @@ def test_sharpness_goes_on_from_a_run_in_both_arms(tiny_runs):
     figures = last_line(ended)
     assert "the perceptual term is left out" in ended.out
     assert figures["steps"] >= 1 and figures["on_spectrum_ratio"] > 0
+    assert figures["psnr_fall_db"] >= 0  # the start is one of the checks
 
 
 def test_training_from_the_cache_races_training_that_encodes(tiny_runs, tmp_path):
@@ -52,6 +54,14 @@ def test_a_dozen_calls_race_fifty_steps_before_a_judge_that_is_trained_first(tin
     assert 0 < figures["time_ratio"] < 0.5 and {"mmd_ratio", "mmd_ratio_interval"} <= set(figures)
     assert figures["ms_ssim_ours"] is None  # volumes of 16³ hold no two scales
     assert (judge / "checkpoints" / "best.pt").is_file()
+
+
+def test_the_samplers_benchmark_knows_the_truth():
+    figures = last_line(run_process("benchmarks/samplers.py", "--short"))
+    mean, std = figures["truth"]["gaussian"]
+    assert figures["gaussian"]["heun"]["50"] == pytest.approx([mean, std], abs=0.002)
+    assert {"5", "10", "25", "50"} == set(figures["two modes"]["MONAI ddim"])
+    assert figures["orders"]["dpm_solver++"] == pytest.approx(2, abs=0.1)
 
 
 def test_a_benchmark_of_no_time_is_refused(phantoms, tmp_path):

@@ -392,6 +392,7 @@ def test_monai_finds_every_property_it_requires(phantoms, tiny_runs, tmp_path):
         assert len(flow.train_dataset) == 4 and flow.network_def is not None
         assert flow.evaluator is not None and flow.val_interval == 1
         assert not (tmp_path / stage).exists()  # looking leaves nothing behind
+    assert (tmp_path / "latent_cache").is_dir()  # but what would have been encoded anyhow, beside the run
 
 
 def test_through_monai_too_an_unknown_key_stops_the_run():

@@ -98,4 +98,26 @@ def test_monais_children_of_the_ddpm_scheduler_are_taken_and_others_refused():
     with pytest.raises(InputError, match="noise_schedule is a PNDMScheduler; expected MONAI's DDPMScheduler"):
         schedule_of(PNDMScheduler(1000))
     with pytest.raises(InputError, match="noise_schedule is a DDIMScheduler"):
-        schedule_of(DDIMScheduler(1000))
+        schedule_of(DDIMScheduler(1000, clip_sample=False))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "line"),
+    [
+        (DDPMScheduler(1000), "noise_schedule::clip_sample is True, which is not followed; expected False"),
+        (DDPMScheduler(1000, clip_sample=False, variance_type="fixed_large"), "variance_type is fixed_large, .*_small"),
+        (RFlowScheduler(1000, sample_method="logit-normal"), "sample_method is logit-normal, .* uniform; set time"),
+        (RFlowScheduler(1000, use_timestep_transform=True), "use_timestep_transform is True, which is not followed"),
+    ],
+)
+def test_what_only_monais_samplers_would_follow_is_refused(scheduler, line):
+    with pytest.raises(InputError, match=line):
+        schedule_of(scheduler)
+
+
+def test_a_cosine_schedule_ends_within_every_spacing():
+    cosine = schedule_of(DDPMScheduler(1000, schedule="cosine", clip_sample=False))
+    for spacing in SPACINGS:
+        times = cosine.times(1000 if spacing != "log_snr" else 100, spacing)
+        alpha, sigma = levels(cosine, *times)
+        assert (alpha.diff() > 0).all() and (sigma.diff() < 0).all()

@@ -9,7 +9,7 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowSchedul
 
 from latdiff3d.errors import InputError
 from latdiff3d.noise_schedules import schedule_of
-from latdiff3d.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, heun, sampler_for
+from latdiff3d.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp_2m, euler, heun, sampler_for, spacing_for
 
 SETTINGS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
 DIFFUSION = schedule_of(DDPMScheduler(1000, clip_sample=False, **SETTINGS))
@@ -20,6 +20,11 @@ MODES, MODE_STD = 1.0, 0.1
 
 def noise(count=4000, seed=0):
     return torch.randn((count, 1, 1, 1, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def one_volume(numbers):
+    """The same as one volume, for which one generator draws."""
+    return numbers.view(1, -1, 1, 1, 1)
 
 
 def generators(count):
@@ -52,7 +57,7 @@ def two_modes(schedule):
 
 def of_gaussian(sampler, schedule, num_steps, spacing="linear", **changes):
     split = gaussian(schedule, **changes)
-    return sampler(split, noise(), schedule.times(num_steps, spacing), schedule, generators=generators(4000))
+    return sampler(split, one_volume(noise()), schedule.times(num_steps, spacing), schedule, generators=generators(1))
 
 
 # DDIM
@@ -127,6 +132,17 @@ def test_ddpm_draws_from_the_posterior_for_diffusion_and_flow(schedule, times):
     assert made.std().item() == pytest.approx(variance.sqrt().item(), rel=0.02)
 
 
+def test_monais_ddpm_takes_each_of_few_steps_for_one_of_a_thousand():
+    scheduler = DDPMScheduler(1000, clip_sample=False, **SETTINGS)
+    scheduler.set_timesteps(50)
+    z, split = noise(), gaussian(DIFFUSION, std=0.5, mean=0.3)
+    for t in scheduler.timesteps:
+        z, _ = scheduler.step(split(z, int(t))[1], int(t), z, generator=torch.Generator().manual_seed(int(t)))
+    ours = of_gaussian(ddpm, DIFFUSION, 50, std=0.5, mean=0.3)
+    assert z.std() > 0.9 and z.mean() < 0.1  # hardly denoised
+    assert ours.std().item() == pytest.approx(0.5, abs=0.09) and ours.mean().item() == pytest.approx(0.3, abs=0.03)
+
+
 def test_a_volume_depends_on_its_own_generator_whatever_the_batch():
     split, times = gaussian(DIFFUSION), DIFFUSION.times(5)
     together = ddpm(split, noise(3), times, DIFFUSION, generators=generators(3))
@@ -166,6 +182,23 @@ def test_errors_fall_by_the_published_order(sampler, schedule, spacing, order):
     assert math.log(one / other) / math.log(counts[1] / counts[0]) == pytest.approx(order, abs=0.35)
 
 
+@pytest.mark.parametrize(
+    ("name", "within"), [("ddim", 0.03), ("ddpm", 0.08), ("dpm_solver++", 0.002), ("euler", 0.02), ("heun", 0.001)]
+)
+def test_mean_and_std_come_nearer_to_the_datas_at_5_10_25_and_50_steps(name, within):
+    schedule = FLOW if name in ("euler", "heun") else DIFFUSION
+    spacing = "log_snr" if name in ("ddim", "dpm_solver++") else "linear"
+    start = noise()
+    start = one_volume((start - start.mean()) / start.std())
+    off = []
+    for num_steps in (5, 10, 25, 50):
+        split, times = gaussian(schedule, std=0.5, mean=0.3), schedule.times(num_steps, spacing)
+        made = SAMPLERS[name](split, start, times, schedule, generators=generators(1))
+        assert made.mean().item() == pytest.approx(0.3, abs=0.03 if name == "ddpm" else 0.002)
+        off.append(abs(made.std().item() - 0.5))
+    assert off == sorted(off, reverse=True) and off[-1] < within
+
+
 @pytest.mark.parametrize(("quick", "slow", "schedule"), [(dpm_solver_pp_2m, ddim, DIFFUSION), (heun, euler, FLOW)])
 def test_the_second_order_is_worth_it_in_a_dozen_calls(quick, slow, schedule):
     calls = 12
@@ -175,15 +208,23 @@ def test_the_second_order_is_worth_it_in_a_dozen_calls(quick, slow, schedule):
     assert ours < 0.5 * theirs
 
 
+def test_dpm_solver_wants_steps_of_its_own_spacing_for_diffusion():
+    own, even = spacing_for("dpm_solver++", DIFFUSION), spacing_for("ddim", DIFFUSION)
+    ends = [of_gaussian(dpm_solver_pp_2m, DIFFUSION, 12, spacing, std=0.5) for spacing in (own, even)]
+    off = [abs(end.std().item() - 0.5) for end in ends]
+    assert (own, even) == ("log_snr", "linear") and off[0] < 0.25 * off[1]
+    assert spacing_for("dpm_solver++", FLOW) == "linear"
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_all_find_both_modes(name):
     schedule = FLOW if name in ("euler", "heun") else DIFFUSION
     spacing = "linear" if schedule is FLOW else "log_snr"
     made = SAMPLERS[name](
-        two_modes(schedule), noise(), schedule.times(50, spacing), schedule, generators=generators(4000)
+        two_modes(schedule), one_volume(noise()), schedule.times(50, spacing), schedule, generators=generators(1)
     )
     upper = made[made > 0]
-    assert len(upper) / len(made) == pytest.approx(0.5, abs=0.03)
+    assert upper.numel() / made.numel() == pytest.approx(0.5, abs=0.03)
     assert upper.mean().item() == pytest.approx(MODES, abs=0.03)
     assert upper.std().item() == pytest.approx(MODE_STD, abs=0.03)
 

@@ -1,10 +1,14 @@
 """Each kind of stage 2 trains and samples through the bundle by its overlay, and runs in MONAI's own inferer."""
 
+import json
+from dataclasses import replace
+
 import nibabel
 import pytest
 import torch
 from conftest import REPOSITORY, refused, run_here, train_here
 from monai.inferers import LatentDiffusionInferer
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from latdiff3d import samplers
@@ -80,6 +84,26 @@ def test_monais_inferer_samples_flow_as_we_do(flow, scale):
     assert ours.std() > 0
 
 
+@pytest.mark.parametrize(("sampler", "scheduler_type"), [("ddim", DDIMScheduler), ("ddpm", DDPMScheduler)])
+def test_monais_inferer_samples_diffusion_as_we_do_where_it_takes_all_times(sampler, scheduler_type, tiny_runs):
+    settings = {"schedule": "scaled_linear_beta", "beta_start": 0.05, "beta_end": 0.6, "clip_sample": False}
+    trained, guidance = synthesizer_of(tiny_runs.diffusion), Guidance(2.0)
+    synthesizer = replace(
+        trained, noise_schedule=DDPMScheduler(20, **settings), num_steps=20, sampler=sampler, guidance=guidance
+    )
+    condition, shape = conditions(synthesizer, 1), (4, 8, 8, 8)
+    ours = synthesizer.sample(shape, condition, [3])
+    torch.manual_seed(3)  # of one volume, MONAI draws what we do: its noise, then that of each step
+    scheduler = scheduler_type(20, **settings)
+    theirs = LatentDiffusionInferer(scheduler, scale_factor=1.0).sample(
+        input_noise=torch.randn(1, *shape), autoencoder_model=synthesizer.codec, scheduler=scheduler,
+        diffusion_model=synthesizer.denoiser.eval(), conditioning=condition, mode="concat", verbose=False, cfg=2.0,
+        cfg_fill_value=0.0,
+    )  # fmt: skip
+    assert torch.allclose(theirs.clamp(0, 1), ours, atol=1e-4)
+    assert ours.std() > 0
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
 def test_monais_inferer_asks_the_denoiser_what_training_asks(kind, tiny_runs, flow):
     synthesizer = synthesizer_of(flow if kind == "flow" else tiny_runs.diffusion)
@@ -104,6 +128,32 @@ def test_a_flows_sampler_on_a_diffusion_model_is_one_line(tiny_runs, tmp_path):
     words = ("--model", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path / "out", "--sampler", "heun")
     assert "sampler is 'heun', which is for flow" in refused(run_here("sample", *words))
     assert not (tmp_path / "out").exists()
+
+
+def test_sampling_takes_settings_of_its_own(flow, tiny_runs, tmp_path):
+    mask = sorted(tiny_runs.data.glob("*/*_seg.nii.gz"))[0]
+    words = ("sampling_spacing=log_snr", "--sampler", "dpm_solver++", "--steps", "4", "guidance_interval=[0.2, 0.9]")
+    ended = run_here("sample", "--model", flow, "--mask", mask, "--out", tmp_path / "out", *words)
+    assert ended.code == 0, ended.err
+    [sidecar] = (tmp_path / "out").rglob("*.json")
+    written = json.loads(sidecar.read_text())
+    assert (written["Sampler"], written["Steps"], written["StepSpacing"]) == ("dpm_solver++", 4, "log_snr")
+    words = ("--model", flow, "--mask", mask, "--out", tmp_path / "no", "crop_to=[8, 8, 8]")
+    assert "sampling sets the unknown key crop_to" in refused(run_here("sample", *words))
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"sampler": "ddpm", "sampling_eta": 0.5}, "sampling_eta is 0.5, which only the sampler 'ddim' has"),
+        ({"sampling_steps": 1001}, "steps is 1001; expected 1 to 1000"),
+        ({"noise_schedule__clip_sample": True}, "noise_schedule::clip_sample is True, which is not followed"),
+    ],
+)
+def test_what_could_not_be_sampled_is_refused_before_anything_is_encoded(settings, line, tiny_runs, tmp_path):
+    settings = {**settings, "first_stage": str(tiny_runs.autoencoder)}
+    assert line in refused(train_here("diffusion", tiny_runs.data, tmp_path, "wrong", **settings))
+    assert not (tmp_path / "latent_cache").exists()
 
 
 def test_an_objective_without_its_schedule_is_one_line(tiny_runs, tmp_path):
