@@ -5,9 +5,11 @@ import re
 import pytest
 import yaml
 from conftest import TINY
+from monai.bundle import ConfigParser
 
 from latdiff3d import config
 from latdiff3d.errors import InputError, InputExit
+from latdiff3d.transforms import RandFlipsd
 
 STAGES = list(config.STAGE_FILES)
 OVERLAYS = sorted(config.CONFIG_FOLDER.glob("*.yaml"))
@@ -376,6 +378,15 @@ def test_both_ids_start_the_training():
         assert all(isinstance(handler, dict) and "_target_" in handler for handler in merged["train"]["handlers"])
         data_sets = [merged[split].get("images", merged[split]["dataset"]) for split in ("train", "validate")]
         assert [one["transform"] for one in data_sets] == ["@train::preprocessing", "@validate::preprocessing"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_mirrors_its_training_volumes_as_flips_says(stage, phantoms):
+    merged = config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage))
+    parser = ConfigParser({**merged, **TINY[stage], "dataset_dir": str(phantoms), "flips": [0, 2]})
+    for split, expected in (("train", [(0, 2)]), ("validate", [])):
+        transforms = parser.get_parsed_content(f"{split}::preprocessing").transforms
+        assert [one.axes for one in transforms if isinstance(one, RandFlipsd)] == expected
 
 
 # MONAI's view
