@@ -13,7 +13,7 @@ FLOORS = [
     {"cli"},
     {"demo"},
     {"synthesis", "runs"},
-    {"segmentation", "quality"},
+    {"segmentation", "quality", "synthesizer"},
     {"training", "latents", "latent_cache", "quality_page"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
