@@ -36,7 +36,7 @@ from latdiff3d.segmentation import load_segmenter
 from latdiff3d.spectrum import high_frequency_energy
 from latdiff3d.training import AutoencoderValidation
 
-LEARNING_RATE, WARMUP = 3e-4, 50
+LEARNING_RATE, WARMUP = 1.5e-4, 50
 PERCEPTUAL_WEIGHT = 0.02
 NUM_CHECKS = 6
 
