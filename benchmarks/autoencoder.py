@@ -109,7 +109,7 @@ def trained(arm: str, given: argparse.Namespace, data: ConfigParser) -> tuple[Cu
         overlays = [str(CONFIG_FOLDER / "plain.yaml")] if arm == "plain" else []
         own = parsed(given, OURS[arm], *overlays)
         autoencoder, step = our_recipe(own, given.minutes * 60)
-        precision = "bf16"
+        precision = own.get_parsed_content("precision")
         loader = batches_of(data)
         LinearStart(autoencoder, loader, seed=0)(SimpleNamespace(state=SimpleNamespace(iteration=0)))
     spent = time.monotonic() - start if arm != "monai" else 0.0  # building ours; the peer is given its building free

@@ -41,7 +41,7 @@ PEERS = {"encode": "on_the_fly", "precision": "fp32", "denoiser_def::use_flash_a
 ARMS: dict[str, dict[str, Any]] = {
     "recipe": PEERS,
     "same_codec": PEERS,
-    "ours": {"encode": "cached", "precision": "bf16", "denoiser_def::use_flash_attention": True},
+    "ours": {"encode": "cached", "denoiser_def::use_flash_attention": True},
 }
 MONAI_CHANNELS, MONAI_NORM_NUM_GROUPS = [32, 64, 64], 16
 BATCH_SIZE = 8
