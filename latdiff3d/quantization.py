@@ -1,4 +1,4 @@
-"""The VQ autoencoder: a volume becomes latents, and decoding begins by replacing each by the nearest of a few codes."""
+"""The VQ autoencoder: a volume becomes latents, and decoding begins by replacing each by one or a few learnt codes."""
 
 import math
 from collections.abc import Callable
@@ -28,6 +28,9 @@ Terms = dict[str, torch.Tensor]
 class VectorQuantizer(nn.Module):
     """Replaces each latent by the nearest code of a learnt book (van den Oord et al. 2017, arXiv:1711.00937).
 
+    With a `depth` above 1 by a sum of as many codes of the one book, each the nearest to what the ones before it leave
+    (Lee et al. 2022, Sec. 3.1, arXiv:2203.01941): the bits a latent may hold grow with the depth, the book does not.
+
     The first training step draws the codes from its own latents. Then they follow the latents that choose them, and
     codes that hardly any latent chooses start anew at latents of the present step (Dhariwal et al. 2020,
     arXiv:2005.00341). Sums and draws are over all ranks: the book is that of one process with all their batches. It
@@ -39,13 +42,20 @@ class VectorQuantizer(nn.Module):
         codebook: what the codes follow: "ema", moving averages (App. A.1), or "gradient", that of the codebook term.
         decay: of the moving averages, per step.
         restart_below: a code chosen less often than this share of the mean starts anew; 0: none does.
+        depth: number of codes for a latent.
 
     Raises:
         InputError: for another `codebook`, or a number out of range.
     """
 
     def __init__(
-        self, n_embed: int, embed_dim: int, codebook: str = "ema", decay: float = 0.99, restart_below: float = 0.1
+        self,
+        n_embed: int,
+        embed_dim: int,
+        codebook: str = "ema",
+        decay: float = 0.99,
+        restart_below: float = 0.1,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         if codebook not in ("ema", "gradient"):
@@ -54,7 +64,9 @@ class VectorQuantizer(nn.Module):
             raise InputError(f"n_embed is {n_embed} and embed_dim {embed_dim}; expected whole numbers from 1 on.")
         if not (0 <= decay < 1 and 0 <= restart_below < 1):
             raise InputError(f"decay is {decay} and restart_below {restart_below}; expected both in [0, 1).")
-        self.n_embed, self.embed_dim, self.codebook = n_embed, embed_dim, codebook
+        if not 1 <= depth <= n_embed:
+            raise InputError(f"depth is {depth}; expected a whole number from 1 to n_embed, {n_embed}.")
+        self.n_embed, self.embed_dim, self.codebook, self.depth = n_embed, embed_dim, codebook, depth
         self.decay, self.restart_below = decay, restart_below
         self.codes: torch.Tensor
         self.cluster_size: torch.Tensor
@@ -77,8 +89,9 @@ class VectorQuantizer(nn.Module):
             latents: (B, embed_dim, D, H, W).
 
         Returns:
-            float32 of the same shape; and the mean squared distance as "commitment", which draws latents to their
-            codes, and, if these follow the gradient, as "codebook", which draws codes to their latents.
+            float32 of the same shape; and the squared distance to the sums of the first 1, …, `depth` codes, its mean,
+            as "commitment", which draws latents to their codes, and, if these follow the gradient, as "codebook", which
+            draws codes to their latents.
 
         Raises:
             InputError: for another number of channels.
@@ -88,37 +101,44 @@ class VectorQuantizer(nn.Module):
         moves = self.training and torch.is_grad_enabled()
         if moves and self.num_updates == 0:
             self._start(_vectors(latents))
-        indices = self.indices(latents)  # (B, D, H, W)
-        codes = self.lookup(indices)  # (B, embed_dim, D, H, W)
-        terms = {"commitment": F.mse_loss(latents, codes.detach())}
+        indices = self.indices(latents)  # (B, depth, D, H, W)
+        sums = self._sums(indices)  # (B, depth, embed_dim, D, H, W)
+        wanted = latents[:, None].expand_as(sums)
+        terms = {"commitment": F.mse_loss(wanted, sums.detach())}
         if self.codebook == "gradient":
-            terms["codebook"] = F.mse_loss(codes, latents.detach())
+            terms["codebook"] = F.mse_loss(sums, wanted.detach())
         if moves:
-            self._update(_vectors(latents), indices.flatten())
+            rests = wanted - F.pad(sums[:, :-1], (0, 0) * 4 + (1, 0))  # what each code was the nearest to
+            self._update(_vectors(rests.flatten(0, 1)), indices.flatten())
         # Not latents + (codes − latents), which is a rounding away from the codes that sampling decodes.
-        return codes.detach() + (latents - latents.detach()), terms
+        return sums[:, -1].detach() + (latents - latents.detach()), terms
 
     @torch.no_grad()
     def indices(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the number (B, D, H, W) of the code nearest to each of `latents` (B, embed_dim, D, H, W)."""
+        """Return the numbers (B, depth, D, H, W) of the codes that stand for `latents` (B, embed_dim, D, H, W)."""
         self._check(latents)
-        with torch.autocast(latents.device.type, enabled=False):
-            norms = self.codes.square().sum(dim=1) / 2  # ‖z − c‖² / 2 without ‖z‖² / 2, the same for all codes
-            parts = _vectors(latents.float()).split(CHUNK)
-            nearest = [torch.addmm(norms, part, self.codes.T, alpha=-1).argmin(dim=1) for part in parts]
-        return torch.cat(nearest).view(len(latents), *latents.shape[2:])
+        rests, numbers = _vectors(latents.float()), []
+        for _ in range(self.depth):
+            numbers.append(_nearest(rests, self.codes))
+            rests = rests - self.codes[numbers[-1]]
+        grid = [number.view(len(latents), *latents.shape[2:]) for number in numbers]
+        return torch.stack(grid, dim=1)
 
     def lookup(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the codes (B, embed_dim, D, H, W) of numbers (B, D, H, W)."""
-        return rearrange(F.embedding(indices, self.codes), "b d h w c -> b c d h w")
+        """Return the sums (B, embed_dim, D, H, W) of the codes numbered `indices` (B, depth, D, H, W)."""
+        return self._sums(indices)[:, -1]
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the codes (B, embed_dim, D, H, W) nearest to `latents`; moves nothing, and passes no gradient back."""
+        """Return what codes make of `latents` (B, embed_dim, D, H, W); moves nothing, and passes no gradient back."""
         return self.lookup(self.indices(latents))
 
     def counts(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return how many of `latents` (B, embed_dim, D, H, W) are nearest to each code, (n_embed,)."""
+        """Return how often each code is chosen for `latents` (B, embed_dim, D, H, W), (n_embed,)."""
         return torch.bincount(self.indices(latents).flatten(), minlength=self.n_embed)
+
+    def _sums(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the sums of the first 1, …, `depth` codes of each latent, (B, depth, embed_dim, D, H, W)."""
+        return rearrange(F.embedding(indices, self.codes).cumsum(dim=1), "b n d h w c -> b n c d h w")
 
     def _check(self, latents: torch.Tensor) -> None:
         if latents.shape[1] != self.embed_dim:
@@ -126,9 +146,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, latents: torch.Tensor) -> None:
+        """Draw the codes from latents (N, embed_dim); at a depth, a share of them from what those before it leave."""
         num_latents = sum_over_ranks(torch.tensor(float(len(latents)), device=latents.device))
-        self.cluster_size.fill_(num_latents / self.n_embed)
-        self._place(torch.ones_like(self.cluster_size, dtype=torch.bool), latents)
+        self.cluster_size.fill_(num_latents * self.depth / self.n_embed)
+        for share in torch.arange(self.n_embed, device=latents.device).chunk(self.depth):
+            self._place(torch.isin(torch.arange(self.n_embed, device=latents.device), share), latents)
+            codes = self.codes[share]
+            latents = latents - codes[_nearest(latents, codes)]
 
     @torch.no_grad()
     def _update(self, latents: torch.Tensor, indices: torch.Tensor) -> None:
@@ -161,7 +185,7 @@ class VQAutoencoder(VQVAE):
 
     Args:
         args, network: VQVAE's arguments, those of its quantiser excepted.
-        n_embed, embed_dim, codebook, decay, restart_below: see VectorQuantizer.
+        n_embed, embed_dim, codebook, decay, restart_below, depth: see VectorQuantizer.
 
     Raises:
         InputError: see VectorQuantizer; an argument of MONAI's quantiser.
@@ -177,13 +201,14 @@ class VQAutoencoder(VQVAE):
         codebook: str = "ema",
         decay: float = 0.99,
         restart_below: float = 0.1,
+        depth: int = 1,
         **network: Any,
     ) -> None:
         if idle := [name for name in REPLACED if name in network]:
             raise InputError(f"{idle} of MONAI's quantiser have no effect; use n_embed, embed_dim, codebook and decay.")
         super().__init__(*args, num_embeddings=n_embed, embedding_dim=embed_dim, **network)  # type: ignore[misc]
         self.latent_channels = embed_dim  # AutoencoderKL's name
-        self.quantizer = VectorQuantizer(n_embed, embed_dim, codebook, decay, restart_below)
+        self.quantizer = VectorQuantizer(n_embed, embed_dim, codebook, decay, restart_below, depth)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, Terms]:  # type: ignore[override]
         """Return the reconstruction (B, C, D, H, W) of `image` and the quantiser's loss terms."""
@@ -208,12 +233,13 @@ class VQAutoencoder(VQVAE):
         return super().decode(quantised)
 
     def index_quantize(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the numbers (B, D/f, H/f, W/f) of the codes of `image`; MONAI's name."""
-        return self.quantizer.indices(self.encode(image)[0])
+        """Return the numbers of the codes of `image`, (B, D/f, H/f, W/f), or (B, depth, …) of several; MONAI's name."""
+        indices = self.quantizer.indices(self.encode(image)[0])
+        return indices[:, 0] if self.quantizer.depth == 1 else indices
 
     def decode_samples(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the image (B, C, D, H, W) of the codes numbered `indices` (B, D/f, H/f, W/f); MONAI's name."""
-        return self.decode_quantized(self.quantizer.lookup(indices))
+        """Return the image (B, C, D, H, W) of the codes that `index_quantize` numbers; MONAI's name."""
+        return self.decode_quantized(self.quantizer.lookup(indices[:, None] if indices.ndim == 4 else indices))
 
     def encode_stage_2_inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Return the latents of `x` before quantisation; MONAI's name, CompVis' meaning."""
@@ -256,6 +282,14 @@ class CodebookUse(Metric):
 
 def _vectors(latents: torch.Tensor) -> torch.Tensor:
     return rearrange(latents, "b c d h w -> (b d h w) c")
+
+
+@torch.no_grad()
+def _nearest(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return the number (N,) of the one of `codes` (K, C) nearest to each of `vectors` (N, C)."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        norms = codes.square().sum(dim=1) / 2  # ‖z − c‖² / 2 without ‖z‖² / 2, the same for all codes
+        return torch.cat([torch.addmm(norms, part, codes.T, alpha=-1).argmin(dim=1) for part in vectors.split(CHUNK)])
 
 
 def _drawn(latents: torch.Tensor, num: int) -> torch.Tensor:

@@ -70,11 +70,23 @@ def test_numbers_look_up_what_latents_become_and_are_counted():
     torch.manual_seed(0)
     quantizer, latents = VectorQuantizer(6, 3), torch.randn(2, 3, 2, 3, 4)
     indices = quantizer.indices(latents)
-    assert indices.shape == (2, 2, 3, 4) and indices.dtype == torch.long
+    assert indices.shape == (2, 1, 2, 3, 4) and indices.dtype == torch.long
     distances = (latents[:, None] - quantizer.codes.view(1, 6, 3, 1, 1, 1)).norm(dim=2)
-    assert torch.equal(indices, distances.argmin(dim=1))
+    assert torch.equal(indices[:, 0], distances.argmin(dim=1))
     assert torch.equal(quantizer.nearest(latents), quantizer.lookup(indices))
     assert torch.equal(quantizer.counts(latents), torch.stack([(indices == code).sum() for code in range(6)]))
+
+
+def test_a_second_code_stands_for_what_the_first_leaves():
+    quantizer = book([0.0, 10.0, 1.0, -1.0], 2.0, depth=2).eval()
+    latents = row(11.5, 9.0, 0.8, -0.2)
+    indices = quantizer.indices(latents)  # (B, depth, D, H, W)
+    assert indices.flatten(2).tolist() == [[[1, 1, 2, 0], [2, 3, 0, 0]]]
+    quantised, terms = quantizer(latents)
+    assert torch.equal(quantised, row(11.0, 9.0, 1.0, 0.0))
+    after_one, after_two = (1.5**2 + 1 + 0.2**2 + 0.2**2) / 4, (0.5**2 + 0 + 0.2**2 + 0.2**2) / 4
+    assert terms["commitment"].item() == pytest.approx((after_one + after_two) / 2)
+    assert quantizer.counts(latents).tolist() == [3, 2, 2, 1]
 
 
 def test_many_latents_are_compared_in_parts_with_the_same_result(monkeypatch):
@@ -104,6 +116,20 @@ def test_codes_follow_moving_averages_as_worked_out_by_hand():
     assert torch.equal(quantizer.cluster_sum, torch.tensor([[1.5], [14.5]]))  # half of 0 and 3, half of 20 and 9
     assert torch.allclose(quantizer.codes, torch.tensor([[0.75], [29 / 3]]), rtol=2e-5)
     assert not list(quantizer.parameters())
+
+
+def test_each_code_of_a_sum_follows_what_it_stood_for():
+    quantizer = book([0.0, 10.0, 1.0], 2.0, decay=0.5, depth=2)
+    quantizer(row(12.0))  # 10 stands for 12, then 1 for the 2 that are left
+    assert torch.allclose(quantizer.cluster_size, torch.tensor([1.0, 1.5, 1.5]))
+    assert torch.allclose(quantizer.codes.flatten(), torch.tensor([0.0, (20 + 12) / 3, (2 + 2) / 3]), atol=1e-3)
+
+
+def test_a_sums_gradient_pulls_every_code_in_it():
+    quantizer = book([0.0, 10.0, 1.0], 2.0, codebook="gradient", depth=2)
+    _, terms = quantizer(row(12.0))
+    terms["codebook"].backward()  # ((10 − 12)² + (10 + 1 − 12)²) / 2
+    assert torch.allclose(quantizer.codes.grad.flatten(), torch.tensor([0.0, -2.0 - 1.0, -1.0]))
 
 
 def test_codes_follow_the_gradient_as_worked_out_by_hand():
@@ -161,6 +187,17 @@ def test_codes_start_at_latents_of_the_first_step():
     assert torch.allclose(quantizer.codes, before, rtol=0.01)  # once only
 
 
+def test_codes_for_what_is_left_start_at_what_is_left():
+    latents = torch.randn((1, 2, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    def error(depth):
+        torch.manual_seed(0)
+        quantizer = VectorQuantizer(64, 2, depth=depth)
+        return (quantizer(latents)[0] - latents).square().mean()
+
+    assert error(2) < 0.25 * error(1)  # 32 × 32 sums for 64 codes: a sixteenth as much in two dimensions
+
+
 def test_codes_start_apart_when_there_are_fewer_latents():
     torch.manual_seed(0)
     quantizer, latents = VectorQuantizer(12, 2, decay=0.999999), 50 + torch.randn(1, 2, 1, 2, 2)
@@ -206,14 +243,15 @@ def test_codes_out_of_use_start_anew_so_that_nearly_all_are_used(codebook):
 # One book in a resumed run and on all ranks
 
 
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
-def test_a_resumed_book_goes_on_bit_for_bit(codebook, monkeypatch):
+def test_a_resumed_book_goes_on_bit_for_bit(codebook, depth, monkeypatch):
     monkeypatch.setattr(quantization, "RESTART_EVERY", 4)
     latents = [torch.randn(1, 2, 3, 3, 3) * k for k in range(1, 7)]
-    straight = VectorQuantizer(16, 2, codebook, decay=0.3)
+    straight = VectorQuantizer(16, 2, codebook, decay=0.3, depth=depth)
     for step in latents[:3]:
         straight(step)
-    resumed = VectorQuantizer(16, 2, codebook, decay=0.3)
+    resumed = VectorQuantizer(16, 2, codebook, decay=0.3, depth=depth)
     resumed.load_state_dict(state(straight))
     for quantizer in (straight, resumed):
         torch.manual_seed(7)
@@ -222,9 +260,12 @@ def test_a_resumed_book_goes_on_bit_for_bit(codebook, monkeypatch):
     assert same(straight.state_dict(), resumed.state_dict()) and resumed.num_updates == 6
 
 
-def steps(rank, num_ranks, codebook):
+KINDS = [("ema", 1), ("gradient", 1), ("ema", 2), ("gradient", 2)]  # codebook and depth
+
+
+def steps(rank, num_ranks, codebook, depth):
     """Train for a few steps on this rank's share of each batch, and return the book and the last gradients."""
-    network = autoencoder(n_embed=24, codebook=codebook, decay=0.5)
+    network = autoencoder(n_embed=24, codebook=codebook, depth=depth, decay=0.5)
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     torch.manual_seed(7 + 100 * rank)  # rank 0 draws for all
     for step in range(5):
@@ -239,17 +280,17 @@ def steps(rank, num_ranks, codebook):
 
 def steps_on_a_rank():
     quantization.RESTART_EVERY = 2
-    return [steps(dist.get_rank(), NUM_RANKS, codebook) for codebook in ("ema", "gradient")]
+    return [steps(dist.get_rank(), NUM_RANKS, *kind) for kind in KINDS]
 
 
 def test_two_ranks_keep_the_book_and_have_the_gradients_of_one_with_their_joint_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "RESTART_EVERY", 2)
     ranks = on_two_ranks(steps_on_a_rank, tmp_path)
-    for codebook, (one, one_gradients), (other, other_gradients) in zip(("ema", "gradient"), *ranks, strict=True):
-        joint, joint_gradients = steps(0, 1, codebook)
+    for kind, (one, one_gradients), (other, other_gradients) in zip(KINDS, *ranks, strict=True):
+        joint, joint_gradients = steps(0, 1, *kind)
         assert same(one, other) and torch.equal(one_gradients, other_gradients)
         for name, there in joint.items():
-            assert torch.allclose(one[name], there, rtol=1e-5, atol=1e-6), (codebook, name)
+            assert torch.allclose(one[name], there, rtol=1e-5, atol=1e-6), (*kind, name)
         assert (one_gradients - joint_gradients).norm() < 1e-4 * joint_gradients.norm()
     assert joint["num_updates"] == 5
 
@@ -273,15 +314,17 @@ def test_stage_2_gets_latents_before_quantisation_and_decoding_quantises_them():
     assert torch.equal(theirs, codes)
 
 
-def test_what_is_trained_is_what_is_decoded_later():
-    network, image = autoencoder().eval(), images()
+@pytest.mark.parametrize("depth", [1, 3])
+def test_what_is_trained_is_what_is_decoded_later(depth):
+    network, image = autoencoder(depth=depth).eval(), images()
     assert torch.equal(network(image)[0], network.decode(network.encode(image)[0]))
 
 
-def test_monais_numbers_of_codes_work():
-    network, image = autoencoder().eval(), images()
+@pytest.mark.parametrize(("depth", "shape"), [(1, (2, 2, 2, 2)), (3, (2, 3, 2, 2, 2))])
+def test_monais_numbers_of_codes_work(depth, shape):
+    network, image = autoencoder(depth=depth).eval(), images()
     indices = network.index_quantize(image)
-    assert indices.shape == (2, 2, 2, 2)
+    assert indices.shape == shape
     assert torch.equal(network.decode_samples(indices), network.decode(network.encode(image)[0]))
 
 
@@ -321,6 +364,8 @@ def test_it_learns_a_batch(codebook):
         (lambda: VectorQuantizer(4, 0), "n_embed is 4 and embed_dim 0"),
         (lambda: VectorQuantizer(4, 2, decay=1.0), r"decay is 1\.0 and restart_below 0\.1; expected both in \[0, 1\)"),
         (lambda: VectorQuantizer(4, 2, restart_below=-0.1), r"restart_below -0\.1"),
+        (lambda: VectorQuantizer(4, 2, depth=0), "depth is 0; expected a whole number from 1 to n_embed, 4"),
+        (lambda: VectorQuantizer(4, 2, depth=5), "depth is 5"),
         (lambda: VectorQuantizer(4, 2)(torch.zeros(1, 3, 2, 2, 2)), "the latents have 3 channels, the codes 2"),
         (lambda: VectorQuantizer(4, 2).indices(torch.zeros(1, 3, 2, 2, 2)), "the latents have 3 channels"),
         (lambda: autoencoder(commitment_cost=0.25), r"\['commitment_cost'\] of MONAI's quantiser have no effect"),
