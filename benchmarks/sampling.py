@@ -21,31 +21,27 @@ Intervals, of 95 %, are by bootstrap over cases. How far the training volumes ar
 object.
 """
 
-import argparse
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from judging import Judging, arguments, figure, interval, real_volumes, standardised
 from monai.bundle import ConfigParser
 from monai.inferers import LatentDiffusionInferer
 from torch import nn
 
-from latdiff3d import checkpoints, runs
 from latdiff3d.cli import door
-from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.devices import autocast
 from latdiff3d.errors import InputError
 from latdiff3d.fidelity import ms_ssim, num_scales
 from latdiff3d.kernel_distance import (
     Kernel,
     Similarities,
-    bootstrap_interval,
     gaussian_kernel,
     median_distance,
     paired_squared_mmd,
@@ -54,12 +50,9 @@ from latdiff3d.kernel_distance import (
     squared_mmd,
 )
 from latdiff3d.noise_schedules import FlowSchedule
-from latdiff3d.segmentation import encoder_features, load_judge
 from latdiff3d.synthesis import Model, cases_of_split
 
 STEPS = 50  # of the two others
-SPREAD_FLOOR = 0.1  # of the median: a feature that hardly varies over the real volumes would decide all distances
-SETTINGS = ("modalities", "labels", "mask_mode", "spacing", "intensity_percentiles")
 
 Arm = Callable[[str, int], torch.Tensor]  # mask and seed → volume (C, D, H, W)
 
@@ -78,35 +71,18 @@ class Measured(NamedTuple):
 
 def main() -> None:
     """Sample in turn, measure and print."""
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--data", required=True, help="the data set's folder")
-    arguments.add_argument("--run", required=True, help="stage 2's run; trained there if there is none")
-    arguments.add_argument("--first-stage", help="stage 1's run, for a stage 2 yet to be trained")
-    arguments.add_argument("--segmenter", help="the evaluation segmenter's run; trained there if there is none")
-    arguments.add_argument("--config", default=str(CONFIG_FOLDER / "hippocampus.yaml"), help="overlay for the data set")
-    arguments.add_argument("--calls", type=int, default=12, help="of the denoiser, for a volume of ours")
-    arguments.add_argument("--guidance", type=float, help="its scale, for all (default: the configuration's)")
-    arguments.add_argument("--seeds", type=int, default=3, help="volumes for each mask")
-    arguments.add_argument("--cases", type=int, help="look at so many validation masks only")
-    given = arguments.parse_args()
-    if given.calls < 1 or given.seeds < 1 or (given.cases is not None and given.cases < 2):
-        raise InputError(
-            f"{given.calls} calls, {given.seeds} seeds, {given.cases} cases; expected 1, 1 and 2 at least."
-        )
-    judge_run = given.segmenter or f"{given.run}_judge"
-    train_missing(given, judge_run)
-    model = Model.load(given.run, guidance=given.guidance)
-    if not model.is_conditional:
-        raise InputError(f"{given.run} is an unconditional model; expected one that volumes are made for masks with.")
-    judge = load_judge(judge_run, judged(model), {key: model.config[key] for key in SETTINGS}).to(device_of(model))
-
-    cases = cases_of_split(model, given.data, "val")[: given.cases]
-    if len(cases) < 2:
-        raise InputError(f"{given.data} has {len(cases)} validation case; expected two at least.")
-    reals, own = real_volumes(model, cases)
-    real = Measured([features_of(judge, reals, own)], [neighbours(reals)])
-    others, others_own = real_volumes(model, cases_of_split(model, given.data, "train")[: len(cases)])
-    other_features = features_of(judge, others, others_own)
+    parser = arguments((__doc__ or "").splitlines()[0])
+    parser.add_argument("--calls", type=int, default=12, help="of the denoiser, for a volume of ours")
+    parser.add_argument("--guidance", type=float, help="its scale, for all (default: the configuration's)")
+    parser.add_argument("--seeds", type=int, default=3, help="volumes for each mask")
+    given = parser.parse_args()
+    if given.calls < 1 or given.seeds < 1:
+        raise InputError(f"{given.calls} calls, {given.seeds} seeds; expected 1 at least.")
+    judging = Judging.prepared(given, given.guidance)
+    model, cases = judging.model, judging.cases
+    real = Measured([judging.features(judging.reals)], [neighbours(judging.reals)])
+    others, _, others_own = real_volumes(model, cases_of_split(model, given.data, "train")[: len(cases)])
+    other_features = judging.features(others, others_own)
 
     arms, calls = arms_of(model, given.calls), CallCounter(model.synthesizer.denoiser)
     counted = {name: calls.of(arm, cases[0]["mask"]) for name, arm in arms.items()}  # and warmed up
@@ -121,51 +97,12 @@ def main() -> None:
                 volumes[name].append(arm(case["mask"], own_seed))  # on the CPU, so that a GPU is waited for
                 seconds[name].append(time.perf_counter() - begun)
         for name, found in volumes.items():
-            made[name].features.append(features_of(judge, found, own))
+            made[name].features.append(judging.features(found))
             made[name].alike.append(neighbours(found))
         print(f"seed {seed}: {3 * len(cases)} volumes", flush=True)
     summary = summarised(real, other_features, made, seconds, counted)
     print_table(summary)
     print(json.dumps(summary))
-
-
-def train_missing(given: argparse.Namespace, judge_run: str) -> None:
-    """Train stage 2, its first stage and the judge, each where there is no checkpoint."""
-
-    def train(stage: str, run: str, **settings: Any) -> None:
-        if not (Path(run) / checkpoints.FOLDER / "best.pt").is_file():
-            overlays = [given.config, CONFIG_FOLDER / f"hippocampus_{stage}.yaml"]
-            runs.start(overlays, [], {"dataset_dir": given.data, "run_dir": run, **settings}, stage)
-
-    if not (Path(given.run) / checkpoints.FOLDER / "best.pt").is_file():
-        first_stage = given.first_stage or f"{given.run}_autoencoder"
-        train("autoencoder", first_stage)
-        train("diffusion", given.run, first_stage=first_stage)
-    train("segmenter", judge_run, purpose="evaluation")
-
-
-def judged(model: Model) -> list[dict[str, Any]]:
-    """Return the contents of both stages' checkpoints; of stage 1's, only where it still is."""
-    content = checkpoints.load(model.path, "diffusion")
-    first = Path(content["first_stage"]["path"])
-    return [content, *([checkpoints.load(first, "autoencoder")] if first.is_file() else [])]
-
-
-def device_of(model: Model) -> torch.device:
-    """Return where the model computes."""
-    return model.synthesizer.device
-
-
-def real_volumes(model: Model, cases: Sequence[dict[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the cases' volumes (C, D, H, W) as the model sees them, cut around their masks, and their own voxels."""
-    volumes, own = [], []
-    for case in cases:
-        grid = model.grid_of(case["mask"])
-        assert grid is not None
-        image = model.preprocessing({"image": case["image"]})["image"]
-        volumes.append(torch.as_tensor(grid.crop(grid.pad(image))).float())
-        own.append(torch.as_tensor(grid.crop(grid.pad(torch.ones_like(image[:1])))).float())
-    return volumes, own
 
 
 def arms_of(model: Model, num_calls: int) -> dict[str, Arm]:
@@ -237,16 +174,6 @@ class CallCounter:
         self.num_calls += len(inputs[0])
 
 
-def features_of(judge: nn.Module, volumes: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> np.ndarray:
-    """Return the judge's features (N, F) of volumes (C, D, H, W)."""
-    device = next(judge.parameters()).device
-    rows = [
-        encoder_features(judge, volume[None].to(device), valid[None].to(device))[0]
-        for volume, valid in zip(volumes, own, strict=True)
-    ]
-    return torch.stack(rows).double().cpu().numpy()
-
-
 def neighbours(volumes: Sequence[torch.Tensor]) -> np.ndarray:
     """Return MS-SSIM of each case's volume and the next one's (N,); NaN where volumes are too small for it."""
     if num_scales(volumes[0].shape[1:]) < 2:
@@ -264,12 +191,7 @@ def summarised(
     counted: dict[str, int],
 ) -> dict[str, Any]:
     """Return the figures of the last line."""
-    centre, spread = real.features[0].mean(0), real.features[0].std(0)
-    spread = spread.clip(SPREAD_FLOOR * np.median(spread))
-
-    def scaled(features: np.ndarray) -> np.ndarray:
-        return (features - centre) / spread
-
+    scaled = standardised(real.features[0])
     reference = scaled(real.features[0])
     kernels: dict[str, Kernel] = {"kid": polynomial_kernel, "gaussian": gaussian_kernel(median_distance(reference))}
     summary: dict[str, Any] = {}
@@ -313,21 +235,11 @@ def median_ratio(between: dict[str, list[Similarities]], weights: np.ndarray | N
     return float(np.median(ratios))
 
 
-def interval(statistic: Callable[[np.ndarray], float], num_cases: int) -> list[float | None]:
-    """Return a statistic's 95 % interval."""
-    return [figure(end) for end in bootstrap_interval(statistic, num_cases)]
-
-
 def variety_interval(alike: np.ndarray) -> list[float | None]:
     """Return the interval of a mean over neighbouring cases (N,)."""
     if np.isnan(alike).any():
         return [None, None]
     return interval(lambda weights: float(weights @ alike / weights.sum()), len(alike))
-
-
-def figure(value: float) -> float | None:
-    """Return a number as it is printed, None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else float(f"{value:.4g}")
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ FLOORS = [
     {"synthesis", "runs"},
     {"segmentation", "quality", "synthesizer"},
     {"training", "latents", "latent_cache", "quality_page"},
-    {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"},
+    {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
+    | {"mask_fidelity"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
     {"codec", "conditioning", "objectives", "samplers", "losses", "perceptual", "wavelets", "figures"},

@@ -68,3 +68,16 @@ def test_a_benchmark_of_no_time_is_refused(phantoms, tmp_path):
     words = ("--data", phantoms, "--run", tmp_path, "--minutes", "0")
     ended = run_process("benchmarks/autoencoder.py", *words)
     assert ended.code == 2 and "--minutes is 0.0; expected a number above 0" in ended.err
+
+
+def test_guidance_is_swept_before_the_judge_and_beside_painted_masks(tiny_runs, tmp_path):
+    overlay, judge, run = tmp_path / "tiny.yaml", tmp_path / "judge", tmp_path / "run"
+    overlay.write_text(yaml.safe_dump(TINY_AUTOENCODER))
+    shutil.copytree(tiny_runs.diffusion, run)
+    words = ("--data", tiny_runs.data, "--config", overlay, "--run", run, "--segmenter", judge)
+    ended = run_process("benchmarks/guidance.py", *words, "--scales", "1", "--at", "2")
+    figures = last_line(ended)
+    assert list(figures["scales"]) == ["1", "2"] and figures["scales"]["2"]["dice"] is not None
+    assert {"mask_fidelity", "spectrum_ratio", "mmd", "mmd_painted"} <= set(figures)
+    assert figures["painted"]["dice"] > 0 and "real volumes: Dice" in ended.out
+    assert (run / "guidance.png").stat().st_size > 5000
