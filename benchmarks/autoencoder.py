@@ -111,7 +111,7 @@ def trained(arm: str, given: argparse.Namespace, data: ConfigParser) -> tuple[Cu
         autoencoder, step = our_recipe(own, given.minutes * 60)
         precision = own.get_parsed_content("precision")
         loader = batches_of(data)
-        LinearStart(autoencoder, loader, seed=0)(SimpleNamespace(state=SimpleNamespace(iteration=0)))
+        LinearStart(autoencoder, loader)(SimpleNamespace(state=SimpleNamespace(iteration=0)))
     spent = time.monotonic() - start if arm != "monai" else 0.0  # building ours; the peer is given its building free
     num_parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
     print(f"{arm}: {num_parameters / 1e6:.2f} million parameters, {spent:.1f} s to start", flush=True)

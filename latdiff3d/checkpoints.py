@@ -1,8 +1,11 @@
 """One file per checkpoint: weights, EMA, optimisers, codec statistics, position and the resolved configuration."""
 
+import errno
 import hashlib
 import os
 import pickle
+import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,22 @@ from torch import nn
 from latdiff3d.errors import InputError
 
 FOLDER = "checkpoints"
+AFTER_A_FULL_DISK = "make room, and the same command goes on from the last checkpoint, which is whole."
+LAST = "last.pt"
 # Raised when the layout of the file changes in a way that older code cannot read.
 FORMAT = 1
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
+def save(path: Path, content: Mapping[str, Any], num_before: int = 0) -> None:
     """Write a checkpoint so that `path` holds either its old content or all of the new one, never a part.
 
     Args:
         path: the file; its folder is made if need be.
         content: tensors, numbers, strings, and dicts and lists of them.
+        num_before: how many of the checkpoints that were at `path` before are kept, see `earlier`.
+
+    Raises:
+        InputError: the file system is full; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -31,9 +40,36 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             torch.save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
+        for number in range(num_before, 0, -1):
+            if earlier(path, number - 1).is_file():
+                _also_as(earlier(path, number - 1), earlier(path, number))
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError where the file system is full
+        if not _is_full(error):
+            raise
+        raise InputError(f"{path} cannot be written: {path.parent} has no space left; {AFTER_A_FULL_DISK}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def earlier(path: Path, number: int) -> Path:
+    """Return where the checkpoint that was `number` ones before that at `path` is kept; `path` itself for 0."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+
+
+def require_space(path: Path) -> None:
+    """Refuse to go on where the next checkpoint at `path` would not fit, while the last one is still young.
+
+    Raises:
+        InputError: less space is free than the last checkpoint takes.
+    """
+    needed = path.stat().st_size if path.is_file() else 0
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else needed
+    if free < needed:
+        raise InputError(
+            f"{path.parent} has {free / 1e6:.0f} MB free, the next checkpoint takes {needed / 1e6:.0f}; "
+            f"{AFTER_A_FULL_DISK}"
+        )
 
 
 def load(path: Path, stage: str | None = None) -> dict[str, Any]:
@@ -47,10 +83,11 @@ def load(path: Path, stage: str | None = None) -> dict[str, Any]:
         InputError: missing, damaged, not ours, or of the other stage.
     """
     try:
+        _check(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}; expected a .pt file that latdiff3d wrote.") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]  # EOFError says nothing
         raise InputError(f"{path} is not a readable checkpoint ({reason}); copy it again or use another.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -75,6 +112,33 @@ def find(place: str | Path, which: str = "best") -> Path:
     if not str(place) or not candidate.is_file():
         raise InputError(f"there is no checkpoint at {place!s:.300}; expected a .pt file or the folder of a run.")
     return candidate
+
+
+def load_last(run_dir: Path, stage: str) -> dict[str, Any] | None:
+    """Return the content of a run's last whole checkpoint, None where it has none yet; damaged ones are named.
+
+    Args:
+        run_dir: the run's folder.
+        stage: see `load`.
+
+    Raises:
+        InputError: all are damaged, or of another stage.
+    """
+    last = run_dir / FOLDER / LAST
+    kept = [last, *sorted(last.parent.glob(f"{last.stem}-[0-9]*{last.suffix}"))]
+    damage = ""
+    for path in filter(Path.is_file, kept):
+        try:
+            content = load(path, stage)
+        except InputError as error:
+            damage = damage or str(error)
+            continue
+        if damage:
+            print(f"warning: {damage} Going on from {path}, the one before it.", flush=True)
+        return content
+    if damage:
+        raise InputError(damage)
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -108,3 +172,30 @@ def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], source
                 "Use the configuration it was trained with, the config.yaml in its run's folder."
             )
     network.load_state_dict(weights)
+
+
+def _check(path: Path) -> None:
+    """Compare all that a checkpoint, a zip archive, holds with its checksums, which PyTorch does not look at."""
+    if not zipfile.is_zipfile(path):
+        return  # no checkpoint of ours, or a cut one; what it is, PyTorch says
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def _also_as(path: Path, other: Path) -> None:
+    """Let `other` be what `path` is, at once."""
+    temporary = other.with_name(f".{other.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    temporary.replace(other)
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "file write failed" in str(error) or "unexpected pos" in str(error)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from latdiff3d.devices import autocast
+from latdiff3d.distributed import sum_over_ranks
 from latdiff3d.errors import InputError
 from latdiff3d.memory import within_memory
 from latdiff3d.networks import downsampling
@@ -145,6 +146,9 @@ class LatentCodec(nn.Module):
             total_square += (mean**2 + std**2).sum(dim=(0, 2, 3, 4))
             num_cells += mean.numel() // mean.shape[1]
             num_volumes += len(image)
+        counts = torch.tensor([num_cells, num_volumes], dtype=torch.float64, device=device)
+        total, total_square, counts = (sum_over_ranks(moment) for moment in (total, total_square, counts))
+        num_cells, num_volumes = (int(count) for count in counts)
         if num_volumes == 0:
             raise InputError("there are no volumes to measure the latents over; expected the training set.")
         mean = total / num_cells

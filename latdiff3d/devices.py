@@ -1,5 +1,6 @@
 """Where the networks compute and in which number format: bfloat16 autocast wherever the hardware has it."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,21 +14,27 @@ def device(gpus: str | int | None = None) -> torch.device:
     """Return the device to compute on.
 
     Args:
-        gpus: the number of one GPU, as "0" or "0,", or nothing for the first GPU where there is one, else the CPU.
+        gpus: numbers, as "0" or "0,1", one for each process on this machine; or nothing for as many GPUs as processes,
+            the first for one, or the CPU where there is none.
 
     Raises:
-        InputError: several GPUs, or one that is not there.
+        InputError: another number of GPUs than of processes, or one that is not there.
     """
+    local_rank, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     numbers = [part.strip() for part in str(gpus if gpus is not None else "").split(",") if part.strip()]
     if not numbers:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if len(numbers) > 1 or not numbers[0].isdigit():
-        raise InputError(f"gpus is {gpus!r}; expected the number of one GPU, such as 0, (one process uses one GPU).")
-    if int(numbers[0]) >= torch.cuda.device_count():
+        return torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    if len(numbers) != num_local or not all(number.isdigit() for number in numbers):
+        raise InputError(
+            f"gpus is {gpus!r} for {num_local} process{'es' * (num_local > 1)}; expected the number of one GPU for "
+            "each, such as 0, or torchrun --nproc_per_node 2 main.py … --gpus 0,1."
+        )
+    number = int(numbers[local_rank])
+    if number >= torch.cuda.device_count():
         raise InputError(
             f"gpus is {gpus!r}, but {torch.cuda.device_count()} GPUs are visible here; leave it out to use the CPU."
         )
-    return torch.device(f"cuda:{numbers[0]}")
+    return torch.device(f"cuda:{number}")
 
 
 def fastest_precision(device: torch.device) -> str:

@@ -1,16 +1,57 @@
 """What the processes of one run agree on: sums, means and gradients over all ranks; on one process, nothing to do."""
 
+import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from ignite import distributed as idist
 from torch import distributed as dist
 
 from latdiff3d.errors import InputError, place_error, root_input_error
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+
+# How long a rank waits for the others, of which the first alone measures and writes; torchrun ends them sooner.
+TIMEOUT = timedelta(minutes=30)
+
+
+def start() -> None:
+    """Join the processes that a launcher such as torchrun has started, if it started several.
+
+    NCCL carries their messages between GPUs, gloo between CPUs.
+
+    Raises:
+        InputError: no way to the others, or fewer GPUs than processes here.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    num_gpus = torch.cuda.device_count()
+    if num_gpus and local_rank >= num_gpus:
+        raise InputError(
+            f"process {local_rank} of this machine finds {num_gpus} GPUs; start as many at most, --nproc_per_node "
+            f"{num_gpus}, or none on GPUs: CUDA_VISIBLE_DEVICES=''."
+        )
+    if num_gpus:
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group("nccl" if num_gpus else "gloo", timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        num = os.environ["WORLD_SIZE"]
+        raise InputError(f"WORLD_SIZE is {num}, but the others are not found ({reason}); use torchrun.") from error
+    idist.sync()  # Ignite's metrics look for the group at their first use; all ranks have to be there
+
+
+def end() -> None:
+    """Leave the other processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def num_ranks() -> int:
@@ -80,6 +121,22 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Return the mean of a floating-point `tensor` over all ranks, without a gradient."""
     return sum_over_ranks(tensor) / num_ranks()
+
+
+def any_rank(happened: bool) -> bool:
+    """Say whether something happened on any rank; all have to ask."""
+    if num_ranks() == 1:
+        return happened
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(sum_over_ranks(torch.tensor(float(happened), device=device)) > 0)
+
+
+@torch.no_grad()
+def same_as_first(tensors: Iterable[torch.Tensor]) -> None:
+    """Give all ranks the first one's values, in place."""
+    if num_ranks() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows and keeps beside its weights: only what MONAI and Ignite do not have."""
+"""What a run shows and keeps beside its weights, the first rank alone: only what MONAI and Ignite do not have."""
 
 import csv
 import sys
@@ -11,38 +11,13 @@ import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
 from ignite.handlers import EMAHandler
 from monai.data import DataLoader
-from monai.data.utils import set_rnd
 from monai.engines.workflow import Workflow
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from latdiff3d.distributed import rank
 from latdiff3d.figures import slices_preview
-
-
-class SeedEpochs:
-    """Derives everything random in an epoch from (seed, epoch), so that a resumed run goes on as if never stopped.
-
-    Args:
-        seed: of the run.
-        loader: the training loader; its generator orders the cases and seeds its workers.
-    """
-
-    def __init__(self, seed: int, loader: DataLoader) -> None:
-        self.seed = seed
-        self.loader = loader
-
-    def attach(self, engine: Workflow) -> None:
-        """Seed before each epoch's first batch is drawn."""
-        # Anew after the last epoch's iterator ran out: in doing so, PyTorch's RandomSampler draws once more.
-        engine.add_event_handler(Events.EPOCH_STARTED | Events.DATALOADER_STOP_ITERATION, self)
-
-    def __call__(self, engine: Workflow) -> None:
-        """Seed for the epoch that has just started."""
-        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
-        torch.manual_seed(seed)
-        self.loader.generator.manual_seed(seed)
-        set_rnd(self.loader.dataset, seed)
 
 
 class EMA(EMAHandler):
@@ -82,6 +57,8 @@ class Progress:
 
     def attach(self, engine: Workflow) -> None:
         """Follow `engine` from start to end."""
+        if rank() > 0:
+            return
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         engine.add_event_handler(Events.COMPLETED, self._close)
@@ -128,8 +105,18 @@ class MetricsCSV:
         self.sums: dict[str, list[float]] = {}
         self.validated = False
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the terms of the epoch so far, for a checkpoint in the middle of one."""
+        return {name: list(values) for name, values in self.sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        """Go on with an epoch's terms."""
+        self.sums = {name: list(values) for name, values in state.items()}
+
     def attach(self, engine: Workflow) -> None:
         """Collect each step's terms and write each epoch's row; validation must be attached before."""
+        if rank() > 0:
+            return
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
@@ -137,7 +124,8 @@ class MetricsCSV:
 
     def _start(self, engine: Workflow) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_metrics(self.path) if int(row["epoch"]) <= engine.state.epoch]
+        completed = engine.state.iteration // engine.state.epoch_length
+        rows = [row for row in read_metrics(self.path) if int(row["epoch"]) <= completed]
         self._write_rows(rows)
 
     def _collect(self, engine: Workflow) -> None:
@@ -198,6 +186,8 @@ class TensorBoard:
 
     def attach(self, engine: Workflow) -> None:
         """Follow the trainer and the evaluator."""
+        if rank() > 0:
+            return
 
         def open_writer(engine: Workflow) -> None:
             self._writer = SummaryWriter(self.log_dir, purge_step=engine.state.iteration + 1)
@@ -235,6 +225,8 @@ class ReconstructionPreviews:
 
     def attach(self, engine: Workflow) -> None:
         """Collect from the evaluator and write under the trainer's epoch."""
+        if rank() > 0:
+            return
 
         def write(evaluator: Workflow) -> None:
             path = self.folder / f"epoch_{engine.state.epoch:04d}.png"
@@ -279,6 +271,8 @@ class SamplePreviews:
 
     def attach(self, engine: Workflow) -> None:
         """Sample after each validation of `engine`'s evaluator."""
+        if rank() > 0:
+            return
 
         def write(evaluator: Workflow) -> None:
             batch = next(iter(self.loader))
@@ -300,5 +294,6 @@ def write_preview(
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
-    """Return a tqdm bar that redraws often on a terminal and every 20 s in a log file."""
-    return tqdm(*args, mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, **kwargs)
+    """Return a tqdm bar that redraws often on a terminal, every 20 s in a log file, and on the first rank alone."""
+    interval = 0.5 if sys.stderr.isatty() else 20
+    return tqdm(*args, mininterval=interval, dynamic_ncols=True, disable=rank() > 0, **kwargs)

@@ -83,7 +83,7 @@ def build(
             num_workers=num_workers,
             generator=torch.Generator(),  # or a run that encodes would have other random numbers after it
         )
-        with progress_bar(total=sum(map(len, own)), desc="encoding", unit="volume", disable=rank() > 0) as bar:
+        with progress_bar(total=sum(map(len, own)), desc="encoding", unit="volume") as bar:
             for group, volume in zip(own, volumes, strict=True):
                 for case, flip, path in group:
                     write(path, *encoded(volume, flip, codec, device, at_once, memory_gb), {"case": case["case"]})

@@ -245,6 +245,12 @@ def _masked_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return (values * valid).sum() / (mean_over_ranks(valid.sum()) * values.shape[1])
 
 
+def volume_l1(reconstruction: torch.Tensor, image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Return the mean absolute error of each volume over its own voxels, (B,); arguments as of `masked_psnr`."""
+    dims = (1, 2, 3, 4)
+    return ((reconstruction - image).abs() * valid).sum(dims) / (valid.sum(dims) * image.shape[1])
+
+
 def masked_psnr(reconstruction: torch.Tensor, image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Return the PSNR in dB of each volume, over its own voxels, for a data range of 1.
 

@@ -1,10 +1,10 @@
 """A run and its folder: begin, go on where it stopped, train, finish. The bundle's programs, behind every door."""
 
-import os
+import io
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from monai.engines import Evaluator, Trainer
 from monai.utils import set_determinism
 from torch import nn
 
-from latdiff3d import checkpoints, config, verdict
+from latdiff3d import checkpoints, config, distributed, verdict
+from latdiff3d.batches import Seeds
 from latdiff3d.codec import LatentCodec
 from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
+from latdiff3d.interruption import ends_epoch, stopping_on_signals
 from latdiff3d.quality import PAGE
 
 CONFIG_FILE = "config.yaml"
+LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broken pipe"
 # May differ between a run and its continuation.
 NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root", "latent_cache", "encode_memory_gb")
 
@@ -41,6 +44,7 @@ def begin(*files: str) -> None:
         config.refuse_unknown_keys(resolved, config.merged(folder / file for file in files), "the configuration")
         config.check_settings(resolved)
         set_determinism(int(resolved["seed"]), use_deterministic_algorithms=None)
+        distributed.start()
 
 
 def train(stage: str) -> None:
@@ -52,13 +56,11 @@ def train(stage: str) -> None:
         InputExit: for anything wrong in the configuration or the data.
     """
     parser = config.calling_parser()
-    with _one_line():
-        _refuse_several_processes()
+    with _one_line(), _one_of_the_ranks():
         own = _own_config(parser)
         run_dir = Path(parser.get_parsed_content("run_dir"))
         _refuse_foreign_folder(run_dir, own, resuming=bool(own["resume"]))
-        start = parser.get_parsed_content("resume") or _last_checkpoint(run_dir)
-        content = checkpoints.load(checkpoints.find(start, "last"), stage) if start else None
+        content = _start_content(run_dir, parser.get_parsed_content("resume"), stage)
         if content and content["first_stage"]:
             _refuse_other_first_stage(run_dir, content["first_stage"], parser.get_parsed_content("first_stage"))
         trainer: Trainer = parser.get_parsed_content("train::trainer")
@@ -66,10 +68,13 @@ def train(stage: str) -> None:
         run.config_text = config.as_yaml(own)
         if content:
             run.restore(trainer, content)
-        _write_config(run_dir, run.config_text)
+        _require_same_start(trainer)
+        if distributed.rank() == 0:
+            _write_config(run_dir, run.config_text)
         started = time.monotonic()
         if trainer.state.epoch < trainer.state.max_epochs:
-            trainer.run()
+            with stopping_on_signals(trainer, run.write_last):
+                trainer.run()
         run.finish()
         print(run.summary(trainer, time.monotonic() - started), flush=True)
 
@@ -114,7 +119,7 @@ def folder_of(place: str) -> Path:
 
 @dataclass
 class Run:
-    """What a checkpoint holds, and when one is written: at the end of each epoch.
+    """What a checkpoint holds, and when one is written: at the end of each epoch, and in between if asked for.
 
     Args:
         stage: "autoencoder", "diffusion" or "segmenter".
@@ -128,6 +133,9 @@ class Run:
         first_stage: path and hash of stage 1's checkpoint, for stage 2.
         at_end: called once with the best weights loaded; what it changes in them is kept.
         quality: called after that, to write the codec's page; its figures are kept with the weights.
+        seeds: of the training loader, on whose crops `at_end` measures.
+        checkpoint_every: steps between checkpoints within an epoch; 0: none.
+        keep_checkpoints: how many of the last ones are kept.
     """
 
     stage: str
@@ -141,19 +149,38 @@ class Run:
     first_stage: Mapping[str, str] | None = None
     at_end: Callable[[], None] | None = None
     quality: Callable[[], Mapping[str, Any]] | None = None
+    seeds: Seeds | None = None
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
     config_text: str = field(default="", init=False)
     figures: Mapping[str, Any] | None = field(default=None, init=False)  # once finished, of `quality`
 
     def attach(self, engine: Trainer) -> None:
         """Write checkpoints at each epoch's end; validation must be attached before."""
+        engine.add_event_handler(Events.STARTED, self._same_weights)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._require_space)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+        if self.checkpoint_every:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.checkpoint_every), self._write_within)
 
     def write(self, engine: Trainer) -> None:
-        """Write `last.pt`, and `best.pt` if this epoch's validation was the best so far."""
+        """Write `last.pt`, and `best.pt` if this epoch's validation was the best so far, on the first rank alone."""
+        if distributed.rank() > 0:
+            return
         content = self._content(engine)
         if self.evaluator.state.best_metric_epoch == engine.state.epoch:
             checkpoints.save(self._path("best"), content)
-        checkpoints.save(self._path("last"), content)
+        checkpoints.save(self._path("last"), content, self.keep_checkpoints - 1)
+
+    def write_last(self, engine: Trainer) -> str:
+        """Write `last.pt` alone, after any step, and return its path."""
+        if distributed.rank() == 0:
+            checkpoints.save(self._path("last"), self._content(engine), self.keep_checkpoints - 1)
+        return str(self._path("last"))
+
+    def _write_within(self, engine: Trainer) -> None:
+        if not ends_epoch(engine):  # whose own one comes after its validation
+            self.write_last(engine)
 
     def restore(self, engine: Trainer, content: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's content.
@@ -167,7 +194,8 @@ class Run:
                 checkpoints.load_weights(thing, state, f"the checkpoint of {self.run_dir}")
             else:
                 thing.load_state_dict(state)
-        engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
+        engine.state.iteration = content["iteration"]
+        engine.state.epoch = content["iteration"] // engine.state.epoch_length  # those completed
         self.evaluator.state.best_metric = content["best_metric"]
         self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
 
@@ -178,6 +206,7 @@ class Run:
             InputError: when no epoch was validated.
         """
         path = self._path("best")
+        distributed.gather(None)  # the first rank has written it
         if not path.is_file():
             raise InputError(f"{self.run_dir} was never validated; set val_interval to at most max_epochs.")
         best = checkpoints.load(path)
@@ -189,7 +218,11 @@ class Run:
             network.load_state_dict(best["objects"][name])
         if self.at_end:
             print("measuring the latents over the training set", flush=True)
+            if self.seeds is not None:
+                self.seeds.at_epoch()
             self.at_end()
+        if distributed.rank() > 0:
+            return
         if self.quality:
             print("measuring the codec on the validation set", flush=True)
             self.figures = self.quality()
@@ -207,6 +240,14 @@ class Run:
             f"in {seconds / 60:.1f} min; best at epoch {state.best_metric_epoch}: "
             f"{self.metric.format(state.best_metric)}.\n{self._path('best')}\n{page}Next: {command}"
         )
+
+    def _same_weights(self, engine: Trainer) -> None:
+        modules = [thing for thing in self.objects.values() if isinstance(thing, nn.Module)]
+        distributed.same_as_first(tensor for module in modules for tensor in module.state_dict().values())
+
+    def _require_space(self, engine: Trainer) -> None:
+        path = self._path("last")
+        distributed.together(lambda: checkpoints.require_space(path) if distributed.rank() == 0 else None)
 
     def _path(self, which: str) -> Path:
         return Path(self.run_dir) / checkpoints.FOLDER / f"{which}.pt"
@@ -284,10 +325,38 @@ def _own_config(parser: ConfigParser) -> dict[str, Any]:
     return {key: value for key, value in parser.get().items() if key != "_meta_"}
 
 
-def _refuse_several_processes() -> None:
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes > 1:
-        raise InputError(f"started as {num_processes} processes; one process trains so far: --nproc_per_node 1.")
+@contextmanager
+def _one_of_the_ranks() -> Iterator[None]:
+    """Leave standard output to the first rank, and the others when done; tell a lost rank from an error of our own."""
+    ranks = distributed.num_ranks()
+    try:
+        with nullcontext() if distributed.rank() == 0 else redirect_stdout(io.StringIO()):
+            yield
+            distributed.gather(None)  # what the first writes last is there
+    except RuntimeError as error:
+        if ranks == 1 or root_input_error(error) or not re.search(LOST_RANK, _told_by(error)):
+            raise
+        raise InputError(
+            f"rank {distributed.rank()} has lost another rank, which says why above or in its own output; the same "
+            "command goes on from the last checkpoint."
+        ) from error
+    finally:
+        distributed.end()
+
+
+def _told_by(error: BaseException | None) -> str:
+    """Return what an error and those it comes from say."""
+    return "" if error is None else f"{error}\n{_told_by(error.__cause__ or error.__context__)}"
+
+
+def _require_same_start(trainer: Trainer) -> None:
+    """Refuse ranks that begin at different steps, for they see different files."""
+    starts = distributed.gather(trainer.state.iteration)
+    if len(set(starts)) > 1:
+        raise InputError(
+            f"the ranks begin after steps {starts}: they do not all see the same run folder; put it where every "
+            "machine can read it."
+        )
 
 
 def _refuse_foreign_folder(run_dir: Path, own: Mapping[str, Any], resuming: bool) -> None:
@@ -313,9 +382,15 @@ def _refuse_other_first_stage(run_dir: Path, trained_on: Mapping[str, str], firs
         )
 
 
-def _last_checkpoint(run_dir: Path) -> str:
-    last = run_dir / checkpoints.FOLDER / "last.pt"
-    return str(last) if last.is_file() else ""
+def _start_content(run_dir: Path, resume: str, stage: str) -> dict[str, Any] | None:
+    """Return the content of the checkpoint to go on from, None to begin."""
+    if not resume or Path(resume).is_dir():
+        place = Path(resume) if resume else run_dir
+        content = checkpoints.load_last(place, stage)
+        if content is None and resume:
+            raise InputError(f"there is no checkpoint at {resume!s:.300}; expected a .pt file or the folder of a run.")
+        return content
+    return checkpoints.load(checkpoints.find(resume), stage)
 
 
 def _write_config(run_dir: Path, text: str) -> None:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import MaskCondition, NoCondition, dropped
 from latdiff3d.devices import autocast
-from latdiff3d.distributed import average_gradients, mean_over_ranks
+from latdiff3d.distributed import average_gradients, mean_over_ranks, num_ranks, rank
 from latdiff3d.errors import InputError
-from latdiff3d.losses import AutoencoderLoss, discriminator_loss, masked_l1, masked_psnr
+from latdiff3d.losses import AutoencoderLoss, discriminator_loss, masked_psnr, volume_l1
 from latdiff3d.networks import last_layer
 from latdiff3d.noise_schedules import schedule_of
 from latdiff3d.objectives import Objective, check_objective, min_snr_weight
@@ -102,7 +102,7 @@ class AutoencoderValidation:
         return {
             "code_counts": quantizer.counts(latents) if quantizer is not None else None,
             "psnr": masked_psnr(reconstruction, image, valid).mean().item(),
-            "l1": masked_l1(reconstruction, image, valid).item(),
+            "l1": volume_l1(reconstruction, image, valid).mean().item(),
             "image": image,
             "reconstruction": torch.where(valid > 0, reconstruction.clamp(0, 1), image),
         }
@@ -180,7 +180,8 @@ class DiffusionValidation:
         """
         self.denoiser.eval()
         mean, _, condition = latent_batch(batch, self.codec, self.condition, self.device)
-        generator = torch.Generator().manual_seed(self.seed + engine.state.iteration)
+        number = 1 + (engine.state.iteration - 1) * num_ranks() + rank()  # of the volume, see batches.EveryNth
+        generator = torch.Generator().manual_seed(self.seed + number)
         losses = []
         for k in range(self.num_times):
             noise = torch.randn(mean.shape, generator=generator).to(mean)

@@ -9,11 +9,10 @@ import torch
 from einops import rearrange
 from ignite.engine import Engine, Events
 from monai.data import DataLoader
-from monai.data.utils import set_rnd
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-from latdiff3d.distributed import sum_over_ranks
+from latdiff3d.distributed import num_ranks, sum_over_ranks
 from latdiff3d.errors import InputError
 from latdiff3d.networks import downsampling, last_convolution, latent_layer
 
@@ -208,16 +207,14 @@ class LinearStart:
 
     Args:
         autoencoder: any of stage 1's.
-        loader: the training loader.
-        seed: of the run; decides the crops that are looked at.
+        loader: the training loader, seeded.
         max_volumes: after so many volumes it has seen enough.
     """
 
-    def __init__(self, autoencoder: nn.Module, loader: DataLoader, seed: int, max_volumes: int = 256) -> None:
+    def __init__(self, autoencoder: nn.Module, loader: DataLoader, max_volumes: int = 256) -> None:
         self.autoencoder = autoencoder
         self.loader = loader
-        self.seed = seed
-        self.max_batches = -(-max_volumes // (loader.batch_size or 1))
+        self.max_batches = -(-max_volumes // (getattr(loader.batch_sampler, "batch_size", 1) * num_ranks()))
 
     def attach(self, engine: Engine) -> None:
         """Act when training starts."""
@@ -226,8 +223,6 @@ class LinearStart:
     def __call__(self, engine: Engine) -> None:
         """Start the network if it has made no step yet."""
         if engine.state.iteration == 0 and isinstance(self.autoencoder, WaveletAutoencoder):
-            self.loader.generator.manual_seed(self.seed)
-            set_rnd(self.loader.dataset, self.seed)
             batches = itertools.islice(self.loader, self.max_batches)
             # Plain tensors: MONAI's metadata of unlike volumes cannot be sliced, and is not needed here.
             self.autoencoder.start_linear(batch["image"].as_subclass(torch.Tensor) for batch in batches)

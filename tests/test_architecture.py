@@ -22,7 +22,7 @@ FLOORS = [
     {"codec", "conditioning", "objectives", "samplers", "losses", "perceptual", "wavelets", "figures"},
     {"networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
-    {"checks", "norms"},
+    {"checks", "norms", "batches", "interruption"},
     {"readers"},
     {"datalist", "phantoms"},
     {"devices", "distributed"},

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_a_save_that_is_cut_short_leaves_the_old_file(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"last\.pt cannot be written: .* has no space left; make room"):
         checkpoints.save(saved, CONTENT)
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == ["last.pt"]
@@ -156,3 +158,59 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(weights, words):
     with pytest.raises(InputError, match=rf"x\.pt does not fit this configuration: {words}.*config\.yaml"):
         checkpoints.load_weights(network, weights, "x.pt")
     assert torch.equal(network.weight, before)
+
+
+def flip_a_byte(path):
+    """Change one byte in the middle of a file, where its tensors are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_single_wrong_byte_is_told(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"stage": "autoencoder", "weights": torch.ones(10000)})
+    flip_a_byte(path)
+    with pytest.raises(InputError, match=r"is not a readable checkpoint \(the checksum of .* is wrong\)"):
+        checkpoints.load(path)
+
+
+def test_as_many_earlier_checkpoints_are_kept_as_asked(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    for step in range(5):
+        checkpoints.save(path, {"stage": "autoencoder", "step": step}, num_before=2)
+    assert sorted(os.listdir(path.parent)) == ["last-1.pt", "last-2.pt", "last.pt"]
+    assert [checkpoints.load(checkpoints.earlier(path, number))["step"] for number in range(3)] == [4, 3, 2]
+
+
+def test_without_hard_links_they_are_copied(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_as_many_earlier_checkpoints_are_kept_as_asked(tmp_path)
+
+
+def test_a_damaged_last_one_is_named_and_the_one_before_it_used(tmp_path, capsys):
+    path = tmp_path / "checkpoints" / "last.pt"
+    assert checkpoints.load_last(tmp_path, "autoencoder") is None
+    for step in range(3):
+        checkpoints.save(path, {"stage": "autoencoder", "step": step, "weights": torch.ones(10000)}, num_before=2)
+    flip_a_byte(path)
+    assert checkpoints.load_last(tmp_path, "autoencoder")["step"] == 1
+    [line] = capsys.readouterr().out.strip().split("\n")
+    assert line.startswith(f"warning: {path} is not a readable checkpoint")
+    assert line.endswith(f"Going on from {path.with_name('last-1.pt')}, the one before it.")
+    for number in (1, 2):
+        flip_a_byte(checkpoints.earlier(path, number))
+    with pytest.raises(InputError, match=r"last\.pt is not a readable checkpoint"):
+        checkpoints.load_last(tmp_path, "autoencoder")
+
+
+def test_too_little_space_for_the_next_checkpoint_is_told_before_it_is_due(saved, monkeypatch):
+    size = saved.stat().st_size
+    checkpoints.require_space(saved)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+    with pytest.raises(InputError, match=r"MB free, the next checkpoint takes .*; make room, and the same command"):
+        checkpoints.require_space(saved)
+    checkpoints.require_space(saved.parent / "none yet.pt")

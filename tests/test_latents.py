@@ -8,9 +8,10 @@ from monai.data import CacheDataset, DataLoader
 from monai.data.utils import set_rnd
 from monai.transforms import Compose
 
+from latdiff3d.batches import ImageCrops
 from latdiff3d.conditioning import MaskCondition, NoCondition
 from latdiff3d.latent_entries import Entry
-from latdiff3d.latents import ImageCrops, LatentCrops
+from latdiff3d.latents import LatentCrops
 from latdiff3d.training import latent_batch
 from latdiff3d.transforms import ForegroundCropd, RandFlipsd, RandForegroundCropd
 

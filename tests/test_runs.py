@@ -118,7 +118,7 @@ def test_the_run_folder_holds_all_of_the_run(tiny_runs):
             *(["quality.html", "quality.json"] if run == tiny_runs.autoencoder else []),
             "tensorboard",
         ]
-        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.pt", "last.pt"]
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.pt", "last-1.pt", "last.pt"]
         assert [path.name.split(".")[2] for path in (run / "tensorboard").iterdir()] == ["tfevents"]
         previews = sorted((run / "previews").iterdir())
         assert [path.name for path in previews] == ["epoch_0001.png", "epoch_0002.png"]

@@ -245,7 +245,7 @@ def engine_at(iteration):
 
 def test_a_fresh_run_starts_linear_and_a_resumed_one_stays():
     network = autoencoder()
-    start = LinearStart(network, loader(), seed=0)
+    start = LinearStart(network, loader())
     before = network.linear_encoder.weight.clone()
     start(engine_at(5))
     assert torch.equal(network.linear_encoder.weight, before)
@@ -257,12 +257,12 @@ def test_a_fresh_run_starts_linear_and_a_resumed_one_stays():
 def test_a_network_without_a_stem_stays():
     network = inner(IMAGE_CHANNELS)
     before = [parameter.clone() for parameter in network.parameters()]
-    LinearStart(network, loader(), seed=0)(engine_at(0))
+    LinearStart(network, loader())(engine_at(0))
     assert all(torch.equal(one, other) for one, other in zip(network.parameters(), before, strict=True))
 
 
 def test_it_looks_at_no_more_volumes_than_asked():
     network, seen = autoencoder(), []
     network.start_linear = lambda images: seen.extend(image.shape[0] for image in images)
-    LinearStart(network, loader(), seed=0, max_volumes=2)(engine_at(0))
+    LinearStart(network, loader(), max_volumes=2)(engine_at(0))
     assert seen == [2]

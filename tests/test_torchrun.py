@@ -1,0 +1,74 @@
+"""Several real processes: one run, one folder, and the figures of a single process with their joint batch."""
+
+import math
+
+import pytest
+import torch
+from conftest import TINY, as_words, run_process
+
+from latdiff3d import checkpoints
+from latdiff3d.handlers import read_metrics
+from latdiff3d.phantoms import write_phantoms
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+STILL = {"learning_rate": 1e-12, "max_epochs": 1}  # so that what is measured is measured on the same weights
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A data set of 5 training and 3 validation cases."""
+    return write_phantoms(tmp_path_factory.mktemp("odd") / "data", 5, 3, (16, 16, 16))
+
+
+def train(launcher, stage, data, logdir, **settings):
+    words = as_words({**TINY[stage], **settings, "dataset_dir": str(data), "num_workers": 0})
+    base = ["--base", f"configs/{stage}.yaml", "-t", "-l", logdir, "--name", stage]
+    ended = run_process(*launcher, "main.py", *base, *words)
+    assert ended.code == 0, ended.err
+    return logdir / stage, ended
+
+
+def content(run, which="best"):
+    return checkpoints.load(run / "checkpoints" / f"{which}.pt")
+
+
+@pytest.fixture(scope="module")
+def stage_1(odd, tmp_path_factory):
+    """Stage 1 on two ranks and on one, each with four cases a step."""
+    logdir = tmp_path_factory.mktemp("stage_1")
+    two = train(TORCHRUN, "autoencoder", odd, logdir / "two", batch_size=2, **STILL)
+    one = train((), "autoencoder", odd, logdir / "one", batch_size=4, **STILL)
+    return two, one
+
+
+def test_two_ranks_measure_what_one_does(stage_1):
+    (two, _), (one, _) = stage_1
+    ours, theirs = content(two), content(one)
+    assert ours["iteration"] == theirs["iteration"] == 1
+    assert ours["best_metric"] == pytest.approx(theirs["best_metric"], rel=1e-5)
+    for name in ("latent_mean", "latent_std", "num_volumes"):
+        measured, expected = ours["objects"]["codec"][name], theirs["objects"]["codec"][name]
+        assert torch.allclose(measured, expected, rtol=1e-4, atol=1e-6), name
+    [row], [other] = read_metrics(two / "metrics.csv"), read_metrics(one / "metrics.csv")
+    assert row.keys() == other.keys()
+    for name in ("val_psnr", "val_l1"):  # the noise of training is each rank's own
+        assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4), name
+
+
+def test_the_first_rank_alone_speaks_and_writes(stage_1):
+    (two, ended), (one, _) = stage_1
+    assert ended.out.count("Stage 'autoencoder' is trained") == 1
+    assert {path.name for path in two.rglob("*")} - {path.name for path in one.rglob("*")} <= {
+        path.name for path in (two / "tensorboard").iterdir()
+    }
+    assert len(list((two / "tensorboard").iterdir())) == 1
+
+
+def test_stage_2_trains_on_two_ranks_and_goes_on_bit_for_bit(stage_1, odd, tmp_path):
+    settings = {"first_stage": str(stage_1[0][0]), "batch_size": 2, "max_epochs": 2}
+    whole, _ = train(TORCHRUN, "diffusion", odd, tmp_path / "whole", **settings)
+    part = train(TORCHRUN, "diffusion", odd, tmp_path / "part", **settings)[0]
+    last = content(whole, "last")
+    assert last["iteration"] == 2 and math.isfinite(last["best_metric"])
+    assert all(torch.equal(content(part, "last")["objects"]["ema"][k], v) for k, v in last["objects"]["ema"].items())
+
