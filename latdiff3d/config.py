@@ -56,6 +56,7 @@ def _are_numbers(value: Any, length: int) -> bool:
 # What a plain setting must be, for those whose mistakes would otherwise surface late, or never.
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (_is_count, "a whole number from 1 on"),
+    "accumulate_grad_batches": (_is_count, "a whole number of batches from 1 on"),
     "max_epochs": (_is_count, "a whole number from 1 on"),
     "val_interval": (_is_count, "a whole number from 1 on"),
     "encode": (lambda value: value in ("cached", "on_the_fly"), "cached or on_the_fly"),

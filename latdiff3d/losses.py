@@ -67,10 +67,10 @@ class AutoencoderLoss:
         disc_weight: weight of the adversarial term, after the adaptive weight.
         feature_matching_weight: weight of the mean absolute difference of the discriminator's hidden features (Wang
             et al. 2018, arXiv:1711.11585), from `disc_start` on.
-        disc_start: the first iteration (counted from 1) whose generator update sees the discriminator.
-        disc_warmup: for so many iterations before `disc_start` the discriminator trains alone, so that it is not cold
+        disc_start: the first update (counted from 1) whose generator sees the discriminator.
+        disc_warmup: for so many updates before `disc_start` the discriminator trains alone, so that it is not cold
             when it is first listened to.
-        disc_ramp: over so many iterations from `disc_start` on, both weights grow linearly to their full value.
+        disc_ramp: over so many updates from `disc_start` on, both weights grow linearly to their full value.
         adaptive_weight: scale the adversarial term so that its gradient at the decoder's last layer is as long as the
             reconstruction's (Esser et al. 2021, Eq. 7).
 
@@ -166,7 +166,7 @@ class AutoencoderLoss:
     def add_adversarial(
         self,
         terms: Terms,
-        iteration: int,
+        number: int,
         fake: Sequence[torch.Tensor],
         real: Sequence[torch.Tensor] | None,
         layer: torch.Tensor,
@@ -175,20 +175,20 @@ class AutoencoderLoss:
 
         Args:
             terms: so far.
-            iteration: counted from 1.
+            number: of the update, counted from 1.
             fake: the discriminator's features of the reconstruction, its scores last.
             real: of the image; needed by feature matching alone.
             layer: the decoder's last weight, where the adaptive weight compares gradients.
         """
         score = generator_loss(fake[-1], self.adversarial)
-        weight: float | torch.Tensor = self.disc_weight * self.ramp(iteration)
+        weight: float | torch.Tensor = self.disc_weight * self.ramp(number)
         if self.adaptive_weight:
             terms.notes["adaptive_weight"] = adaptive_weight(self._pull(terms), score, layer)
             weight = weight * terms.notes["adaptive_weight"]
         terms.add("adversarial", score, weight)
         if real is not None and self.feature_matching_weight > 0:
             matching = feature_matching(fake[:-1], real[:-1])
-            terms.add("feature_matching", matching, self.feature_matching_weight * self.ramp(iteration))
+            terms.add("feature_matching", matching, self.feature_matching_weight * self.ramp(number))
 
     def _pull(self, terms: Terms) -> torch.Tensor:
         pulling = [name for name in (self.reconstruction, "perceptual") if name in terms.raw]
@@ -199,17 +199,17 @@ class AutoencoderLoss:
         """Whether a term of the discriminator has a weight."""
         return self.disc_weight > 0 or self.feature_matching_weight > 0
 
-    def generator_sees_discriminator(self, iteration: int) -> bool:
-        """Say whether the discriminator's terms count at `iteration`."""
-        return self.uses_discriminator and iteration >= self.disc_start
+    def generator_sees_discriminator(self, number: int) -> bool:
+        """Say whether the discriminator's terms count in the update `number`."""
+        return self.uses_discriminator and number >= self.disc_start
 
-    def discriminator_trains(self, iteration: int) -> bool:
-        """Say whether the discriminator is updated at `iteration`."""
-        return self.uses_discriminator and iteration >= self.disc_start - self.disc_warmup
+    def discriminator_trains(self, number: int) -> bool:
+        """Say whether the discriminator takes part in the update `number`."""
+        return self.uses_discriminator and number >= self.disc_start - self.disc_warmup
 
-    def ramp(self, iteration: int) -> float:
-        """Return by how much the discriminator's weights have grown at `iteration`, in [0, 1]."""
-        return min(1.0, (iteration - self.disc_start + 1) / (self.disc_ramp + 1))
+    def ramp(self, number: int) -> float:
+        """Return by how much the discriminator's weights have grown at the update `number`, in [0, 1]."""
+        return min(1.0, (number - self.disc_start + 1) / (self.disc_ramp + 1))
 
     def kl(self, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         """Return the KL divergence of N(mean, std²) from N(0, 1), reduced as `kl_reduction` says.
