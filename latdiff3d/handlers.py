@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,12 @@ class LrSchedule(LrScheduleHandler):
     def attach(self, engine: Engine) -> None:
         """Step after each update."""
         engine.add_event_handler(updates.completed(self.accumulate_grad_batches), self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Step; an update that float16's scaler has skipped counts, even the first, at which PyTorch wonders."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            super().__call__(engine)
 
 
 def existing(handler: Any) -> Any:

@@ -170,6 +170,7 @@ class AutoencoderLoss:
         fake: Sequence[torch.Tensor],
         real: Sequence[torch.Tensor] | None,
         layer: torch.Tensor,
+        scale: float = 1.0,
     ) -> None:
         """Add what the discriminator has to say to `terms`, which hold the reconstruction's.
 
@@ -179,11 +180,12 @@ class AutoencoderLoss:
             fake: the discriminator's features of the reconstruction, its scores last.
             real: of the image; needed by feature matching alone.
             layer: the decoder's last weight, where the adaptive weight compares gradients.
+            scale: of the loss on its way back, see `adaptive_weight`.
         """
         score = generator_loss(fake[-1], self.adversarial)
         weight: float | torch.Tensor = self.disc_weight * self.ramp(number)
         if self.adaptive_weight:
-            terms.notes["adaptive_weight"] = adaptive_weight(self._pull(terms), score, layer)
+            terms.notes["adaptive_weight"] = adaptive_weight(self._pull(terms), score, layer, scale)
             weight = weight * terms.notes["adaptive_weight"]
         terms.add("adversarial", score, weight)
         if real is not None and self.feature_matching_weight > 0:
@@ -282,7 +284,9 @@ def feature_matching(fake: Sequence[torch.Tensor], real: Sequence[torch.Tensor])
     return torch.stack([F.l1_loss(one.float(), other.float()) for one, other in zip(fake, real, strict=True)]).mean()
 
 
-def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, layer: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
     """Return by how much the adversarial loss is scaled to pull as hard as the reconstruction loss at `layer`.
 
     Both gradients are averaged over the ranks before they are measured, so all ranks get the joint batch's weight.
@@ -291,9 +295,17 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, lay
         reconstruction: scalar loss.
         adversarial: scalar loss.
         layer: the weight both depend on, the decoder's last.
+        scale: of both losses on their way back, where gradients that small are lost in float16; the weight is that of
+            the losses as they are.
     """
-    (pull_rec,) = torch.autograd.grad(reconstruction, layer, retain_graph=True)
-    (pull_adv,) = torch.autograd.grad(adversarial, layer, retain_graph=True)
-    pulls = mean_over_ranks(torch.stack([pull_rec, pull_adv]).float())
-    weight = pulls[0].norm() / (pulls[1].norm() + ADAPTIVE_EPSILON)
-    return weight.clamp(0, ADAPTIVE_MAX)
+    pull_rec, pull_adv = (_pull_at(layer, loss, scale) for loss in (reconstruction, adversarial))
+    return (pull_rec.norm() / (pull_adv.norm() + ADAPTIVE_EPSILON)).clamp(0, ADAPTIVE_MAX)
+
+
+def _pull_at(layer: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
+    (pull,) = torch.autograd.grad(scale * loss, layer, retain_graph=True)
+    pull = mean_over_ranks(pull.float())
+    # The scale is one that the weighted losses' sum bears, which says little of each alone.
+    if scale > 1 and not torch.isfinite(pull).all():
+        return _pull_at(layer, loss, scale / 256)
+    return pull / scale

@@ -24,6 +24,8 @@ from latdiff3d.quality import PAGE
 CONFIG_FILE = "config.yaml"
 # May differ between a run and its continuation.
 NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root", "latent_cache", "encode_memory_gb")
+# What checkpoints lack that are older than precision fp16.
+UNSCALED: Mapping[str, Mapping[str, Any]] = {"scaler": {}, "discriminator_scaler": {}}
 
 
 def begin(*files: str) -> None:
@@ -161,8 +163,9 @@ class Run:
         Raises:
             InputError: of other shapes.
         """
+        objects = {**UNSCALED, **content["objects"]}
         for name, thing in self.objects.items():
-            state = content["objects"][name]
+            state = objects[name]
             if isinstance(thing, nn.Module):
                 checkpoints.load_weights(thing, state, f"the checkpoint of {self.run_dir}")
             else:

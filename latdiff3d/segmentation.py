@@ -28,7 +28,7 @@ from latdiff3d.distributed import mean_over_ranks
 from latdiff3d.errors import InputError
 from latdiff3d.perceptual import Perceptual, encoder_stages, segmenter_perceptual
 from latdiff3d.training import Batch, to_device
-from latdiff3d.updates import group_of, update
+from latdiff3d.updates import LossScaler, group_of, update
 
 STAGE = "segmenter"
 PURPOSES = ("training", "evaluation")
@@ -56,6 +56,9 @@ class SegmenterStep:
     max_grad_norm: float = 1.0
     accumulate_grad_batches: int = 1
 
+    def __post_init__(self) -> None:
+        self.scaler = LossScaler(self.device, self.precision)
+
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss's terms, means over the ranks."""
         self.segmenter.train()
@@ -65,8 +68,8 @@ class SegmenterStep:
         terms = segmentation_terms(logits.float(), mask, valid)
         total = torch.stack(list(terms.values()))
         group = group_of(engine, self.accumulate_grad_batches)
-        update(total.sum(), self.segmenter, self.optimizer, self.max_grad_norm, group)
-        return dict(zip(terms, mean_over_ranks(total).tolist(), strict=True))
+        update(total.sum(), self.segmenter, self.optimizer, self.max_grad_norm, group, self.scaler)
+        return dict(zip(terms, mean_over_ranks(total).tolist(), strict=True)) | self.scaler.logged()
 
 
 @dataclass

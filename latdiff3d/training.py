@@ -17,7 +17,7 @@ from latdiff3d.losses import AutoencoderLoss, discriminator_loss, masked_l1, mas
 from latdiff3d.networks import last_layer
 from latdiff3d.noise_schedules import schedule_of
 from latdiff3d.objectives import Objective, check_objective, min_snr_weight
-from latdiff3d.updates import Group, group_of, update
+from latdiff3d.updates import Group, LossScaler, group_of, update
 
 Batch = Mapping[str, Any]
 NUM_BUCKETS = 4  # of noise levels, whose losses are logged one by one
@@ -42,6 +42,10 @@ class AutoencoderStep:
     max_grad_norm: float = 1.0
     accumulate_grad_batches: int = 1
 
+    def __post_init__(self) -> None:
+        self.scaler = LossScaler(self.device, self.precision)
+        self.discriminator_scaler = LossScaler(self.device, self.precision)
+
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss's terms, raw and weighted, means over the ranks."""
         group = group_of(engine, self.accumulate_grad_batches)
@@ -57,20 +61,23 @@ class AutoencoderStep:
         if self.loss.generator_sees_discriminator(group.number):
             self.discriminator.requires_grad_(False)
             real = self._features(image) if self.loss.feature_matching_weight > 0 else None
-            self.loss.add_adversarial(terms, group.number, self._features(shown), real, last_layer(self.autoencoder))
+            layer, scale = last_layer(self.autoencoder), self.scaler.get_scale() / group.size
+            self.loss.add_adversarial(terms, group.number, self._features(shown), real, layer, scale)
         del reconstruction  # as large as the volumes, and of no use on the way back, where memory peaks
-        update(terms.total(), self.autoencoder, self.optimizer, self.max_grad_norm, group)
-        logged = terms.logged()
+        update(terms.total(), self.autoencoder, self.optimizer, self.max_grad_norm, group, self.scaler)
+        logged, scales = terms.logged(), self.scaler.logged()
         if self.loss.discriminator_trains(group.number):
             logged["discriminator"] = self._update_discriminator(image, shown.detach(), group)
+            scales |= self.discriminator_scaler.logged("discriminator_")
         means = mean_over_ranks(torch.stack([term.detach().float() for term in logged.values()]))
-        return dict(zip(logged, means.tolist(), strict=True))
+        return dict(zip(logged, means.tolist(), strict=True)) | scales
 
     def _update_discriminator(self, image: torch.Tensor, shown: torch.Tensor, group: Group) -> torch.Tensor:
         self.discriminator.requires_grad_(True)
         real, fake = self._features(image)[-1], self._features(shown)[-1]
         loss = discriminator_loss(real.float(), fake.float(), self.loss.adversarial)
-        update(loss, self.discriminator, self.discriminator_optimizer, self.max_grad_norm, group)
+        optimizer, scaler = self.discriminator_optimizer, self.discriminator_scaler
+        update(loss, self.discriminator, optimizer, self.max_grad_norm, group, scaler)
         return loss
 
     def _features(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -135,6 +142,7 @@ class DiffusionStep:
     def __post_init__(self) -> None:
         self.schedule = schedule_of(self.noise_schedule)
         check_objective(self.objective, self.noise_schedule)
+        self.scaler = LossScaler(self.device, self.precision)
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss, its mean over the ranks."""
@@ -149,8 +157,9 @@ class DiffusionStep:
         if self.min_snr_gamma is not None:
             loss = loss * min_snr_weight(self.objective, *self.schedule.alpha_sigma(timesteps), self.min_snr_gamma)
         loss = loss.mean()
-        update(loss, self.denoiser, self.optimizer, self.max_grad_norm, group_of(engine, self.accumulate_grad_batches))
-        return {"loss": mean_over_ranks(loss).item()}
+        group = group_of(engine, self.accumulate_grad_batches)
+        update(loss, self.denoiser, self.optimizer, self.max_grad_norm, group, self.scaler)
+        return {"loss": mean_over_ranks(loss).item()} | self.scaler.logged()
 
 
 @dataclass

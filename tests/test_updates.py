@@ -1,28 +1,31 @@
-"""One update from a group of batches: the gradient of one batch as large, counted, and nothing left over."""
+"""One update from a group of batches: the gradient of one batch as large, counted, nothing left over, or lost."""
 
 import math
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import refused, train_here
+from conftest import refused, run_here, train_here
 from ignite.engine import Engine, Events
 from test_runs import Stopped, assert_same, loaded, raising, without_seconds
 from test_training import LATENTS, autoencoder_step, denoiser, schedule, volumes
 from torch import nn
 
-from latdiff3d import training
+from latdiff3d import checkpoints, training
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import NoCondition
 from latdiff3d.errors import InputError
-from latdiff3d.handlers import EMA, LrSchedule
+from latdiff3d.handlers import EMA, LrSchedule, read_metrics
+from latdiff3d.losses import adaptive_weight
 from latdiff3d.objectives import Epsilon
 from latdiff3d.training import DiffusionStep
-from latdiff3d.updates import Group, group_of, num_updates, update
+from latdiff3d.updates import MIN_SCALE, Group, LossScaler, group_of, num_updates, update
 
 NUM = 4
+CPU = torch.device("cpu")
 
 
 def engine_at(iteration, epoch_length=NUM):
@@ -63,13 +66,13 @@ class Linear(nn.Linear):
         self.weight.data.fill_(1.0)
 
 
-def moved(gradients, accumulate, max_grad_norm=math.inf):
+def moved(gradients, accumulate=1, max_grad_norm=math.inf, precision="fp32"):
     """The weight after each batch of an epoch whose losses have these `gradients`, at a learning rate of 1."""
     network = Linear()
-    optimizer, weights = torch.optim.SGD(network.parameters(), lr=1.0), []
+    optimizer, weights, scaler = torch.optim.SGD(network.parameters(), lr=1.0), [], LossScaler(CPU, precision)
     for iteration, gradient in enumerate(gradients, start=1):
         group = group_of(engine_at(iteration, len(gradients)), accumulate)
-        update(gradient * network.weight.sum(), network, optimizer, max_grad_norm, group)
+        update(gradient * network.weight.sum(), network, optimizer, max_grad_norm, group, scaler)
         weights.append(network.weight.item())
     return weights
 
@@ -135,7 +138,7 @@ def stage_2_gradient(accumulate):
     times = torch.tensor([20, 310, 640, 970])
     codec = LatentCodec(nn.Identity(), LATENTS)
     step = DiffusionStep(
-        network, codec, NoCondition(), schedule(), Epsilon(), kept(network), torch.device("cpu"), "fp32",
+        network, codec, NoCondition(), schedule(), Epsilon(), kept(network), CPU, "fp32",
         max_grad_norm=math.inf, min_snr_gamma=5.0, accumulate_grad_batches=accumulate,
     )  # fmt: skip
     for iteration in range(accumulate):
@@ -226,3 +229,98 @@ def test_more_batches_than_an_epoch_has_are_refused(phantoms, tmp_path):
     line = refused(train_here("autoencoder", phantoms, tmp_path, "x", accumulate_grad_batches=3))
     assert "accumulate_grad_batches is 3, an epoch has 2 batch(es)" in line
     assert not (tmp_path / "x").exists()
+
+
+# In float16
+
+TOO_LARGE = 1e35  # for float32, once it is scaled by 65536
+
+
+def fp16():
+    """Return a network of one weight, its optimiser and its scaler."""
+    network = Linear()
+    return network, torch.optim.SGD(network.parameters(), lr=1.0), LossScaler(CPU, "fp16")
+
+
+def test_the_scale_changes_no_update_and_none_is_clipped_by_it():
+    assert moved([1.0, 3.0, 5.0, 5.0, 7.0], accumulate=2, precision="fp16") == [1.0, -1.0, -1.0, -6.0, -13.0]
+    weights = moved([-3.0, 3.0, 8.0, 0.0], accumulate=2, max_grad_norm=2.0, precision="fp16")
+    assert weights == pytest.approx([1.0, 1.0, 1.0, -1.0], abs=1e-5)
+
+
+def test_an_update_that_overflows_is_skipped_and_said_and_the_scale_falls():
+    network, optimizer, scaler = fp16()
+    group, seen = Group(1, 1, True, True), []
+    for size in (1.0, TOO_LARGE, 1.0):
+        update(size * network.weight.sum(), network, optimizer, math.inf, group, scaler)
+        seen.append((network.weight.item(), scaler.logged()))
+    assert [weight for weight, _ in seen] == [0.0, 0.0, -1.0]
+    assert [logged["loss_scale"] for _, logged in seen] == [65536.0, 32768.0, 32768.0]
+    assert [logged["skipped_updates"] for _, logged in seen] == [0.0, 1.0, 0.0]
+    assert LossScaler(CPU, "bf16").logged() == {} == LossScaler(CPU, "fp32").logged("discriminator_")
+
+
+def test_gradients_that_overflow_at_any_scale_stop_the_run():
+    network, optimizer, scaler = fp16()
+    with pytest.raises(InputError, match="gradients of Linear overflow float16 at any scale, its loss being 0; set"):
+        for _ in range(40):
+            loss = (0 * network.weight).sqrt().sum()  # 0, and its gradient is none
+            update(loss, network, optimizer, math.inf, Group(1, 1, True, True), scaler)
+    assert scaler.get_scale() == MIN_SCALE / 2 and network.weight.item() == 1.0
+
+
+def test_a_loss_that_is_no_number_is_no_overflow():
+    network, optimizer, scaler = fp16()
+    with pytest.raises(InputError, match="loss of Linear became nan"):
+        update(math.nan * network.weight.sum(), network, optimizer, math.inf, Group(1, 1, True, True), scaler)
+    assert scaler.get_scale() == 65536.0
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_the_adaptive_weight_loses_nothing_to_float16(kind):
+    torch.manual_seed(0)
+    layer = nn.Conv3d(2, 1, 1, bias=False)
+    features, image = torch.rand(1, 2, 96, 96, 96), torch.rand(1, 1, 96, 96, 96)
+
+    def weight(scale=1.0, enabled=True):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            shown = layer(features).float()
+        error = shown - image
+        loss = error.abs().mean() if kind == "l1" else error.square().mean()
+        loss = loss / 40  # as of 40 times as many voxels, 35 million, of which each has its share of the gradient
+        return adaptive_weight(loss, -shown[..., ::8].mean(), layer.weight, scale).item()
+
+    exact = weight(enabled=False)
+    assert weight(65536.0) == pytest.approx(exact, rel=0.005)
+    assert weight(2.0**60) == pytest.approx(exact, rel=0.005)  # overflows, and is looked at again less enlarged
+    assert abs(weight() / exact - 1) > 0.03  # what would be lost
+
+
+def test_stage_1_in_float16_trains_logs_its_scales_and_goes_on_exactly(phantoms, tmp_path, monkeypatch):
+    settings = {"precision": "fp16", "max_epochs": 3, "val_interval": 3}
+    whole = train_here("autoencoder", phantoms, tmp_path / "whole", "run", **settings)
+    assert whole.code == 0, whole.err
+    step = training.AutoencoderStep
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "__call__", raising(5, step.__call__))
+        with pytest.raises(RuntimeError):
+            train_here("autoencoder", phantoms, tmp_path / "stopped", "run", **settings)
+    again = train_here("autoencoder", phantoms, tmp_path / "stopped", "run", **settings)
+    assert again.code == 0, again.err
+    one, other = (loaded(tmp_path / name / "run", "last")["objects"] for name in ("whole", "stopped"))
+    assert_same(one, other)
+    assert one["scaler"]["_growth_tracker"] + one["discriminator_scaler"]["_growth_tracker"] > 0
+    rows = read_metrics(tmp_path / "whole" / "run" / "metrics.csv")
+    assert {"train_loss_scale", "train_skipped_updates", "train_discriminator_loss_scale"} <= set(rows[-1])
+    assert float(rows[-1]["val_psnr"]) > 0
+
+
+def test_a_run_of_another_precision_goes_on_in_float16(tiny_runs, tmp_path):
+    shutil.copytree(tiny_runs.autoencoder, tmp_path / "first")
+    last = tmp_path / "first" / "checkpoints" / "last.pt"
+    content = checkpoints.load(last)
+    assert content["objects"].pop("scaler") == {} == content["objects"].pop("discriminator_scaler")  # as older ones
+    checkpoints.save(last, content)
+    again = run_here("train", "autoencoder", "-r", tmp_path / "first", "max_epochs=3", "precision=fp16")
+    assert again.code == 0, again.err
+    assert loaded(tmp_path / "first", "last")["objects"]["scaler"]["scale"] > 0
