@@ -64,6 +64,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
         "GB above 0, or null for as much as it takes",
     ),
+    "compile": (lambda value: isinstance(value, (bool, str)), "true, false or a backend's name, such as aot_eager"),
     "flips": (
         lambda value: isinstance(value, list) and all(_is_natural(v) and v < 3 and value.count(v) == 1 for v in value),
         "a list of axes, each of 0, 1 and 2 at most once, such as [0]",

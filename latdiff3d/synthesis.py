@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 from latdiff3d import checkpoints
+from latdiff3d.compilation import compiled
 from latdiff3d.conditioning import MaskCondition
 from latdiff3d.config import check_settings, refuse_unknown_keys
 from latdiff3d.devices import device
@@ -31,7 +32,7 @@ from latdiff3d.volumes import (
 # What may differ between samples of one model; all else is as it was trained.
 SAMPLING_SETTINGS = (
     "sampler", "sampling_steps", "sampling_spacing", "sampling_eta", "guidance", "guidance_interval",
-    "guidance_in_sequence", "precision",
+    "guidance_in_sequence", "precision", "compile",
 )  # fmt: skip
 
 
@@ -107,6 +108,8 @@ class Model:
         parser["device"] = device(gpus)
         for key, value in chosen.items():
             parser[key] = value
+        compile = parser.get("compile", False)
+        parser["compile"] = False  # done below, for a model of an earlier version too, whose configuration lacks it
         missing = [key for key in SAMPLING_SETTINGS if key not in parser.get()]
         if missing:
             raise InputError(f"{path} is of an earlier version, without {', '.join(missing)}; give key=value for each.")
@@ -114,6 +117,8 @@ class Model:
         denoiser, codec = parser.get_parsed_content("denoiser"), parser.get_parsed_content("codec")
         checkpoints.load_weights(denoiser, content["objects"]["ema"], str(path))
         checkpoints.load_weights(codec, content["objects"]["codec"], str(path))
+        for network in (denoiser, codec.autoencoder):
+            compiled(network, compile)
         synthesizer = Synthesizer(
             denoiser,
             codec.requires_grad_(False).eval(),

@@ -25,7 +25,7 @@ FLOORS = [
     {"checks", "norms"},
     {"readers"},
     {"datalist", "phantoms"},
-    {"devices", "distributed"},
+    {"devices", "distributed", "compilation"},
     {"errors"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
