@@ -69,6 +69,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and all(_is_natural(v) and v < 3 and value.count(v) == 1 for v in value),
         "a list of axes, each of 0, 1 and 2 at most once, such as [0]",
     ),
+    "num_fine_cases": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
     "num_workers": (_is_natural, "a whole number from 0 on"),
     "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),

@@ -33,6 +33,7 @@ from latdiff3d.volumes import (
 SAMPLING_SETTINGS = (
     "sampler", "sampling_steps", "sampling_spacing", "sampling_eta", "guidance", "guidance_interval",
     "guidance_in_sequence", "precision", "compile",
+    "mask_mode",
 )  # fmt: skip
 
 
@@ -106,6 +107,7 @@ class Model:
         content = checkpoints.load(path, "diffusion")
         parser = ConfigParser(yaml.safe_load(content["config"]))
         parser["device"] = device(gpus)
+        _check_mask_mode(chosen, parser.get(), path)
         for key, value in chosen.items():
             parser[key] = value
         compile = parser.get("compile", False)
@@ -266,3 +268,12 @@ def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[di
     if not cases:
         raise InputError(f"{dataset_dir} has no {split} case; choose another --split, or list some in {split}.list.")
     return cases
+
+
+def _check_mask_mode(chosen: Mapping[str, Any], trained: Mapping[str, Any], path: Path) -> None:
+    there = trained.get("mask_mode")
+    if chosen.get("mask_mode", there) != there and trained.get("num_fine_cases") is None:
+        raise InputError(
+            f"mask_mode is {chosen['mask_mode']!r}, and {path} was trained on {there} masks alone; leave it out, or "
+            "use a model that num_fine_cases trained on both."
+        )

@@ -19,7 +19,7 @@ FLOORS = [
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
     {"codec", "conditioning", "objectives", "samplers", "losses", "perceptual", "wavelets", "figures"},
-    {"networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
+    {"coarse_masks", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
     {"checks", "norms"},
