@@ -47,7 +47,7 @@ def main() -> None:
     arguments.add_argument("--run", help="stage 1's run or checkpoint")
     arguments.add_argument("--data", help="a data set whose first case is taken")
     arguments.add_argument("--budget-gb", type=float, default=4.0, help="for the whole process, in 1e9 bytes")
-    arguments.add_argument("--precision", choices=("bf16", "fp32"), help="of the passes; the run's own if left out")
+    arguments.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the passes, in place of the run's")
     arguments.add_argument(
         "--short", action="store_true", help="a phantom of half the edges, an autoencoder of 1 epoch"
     )

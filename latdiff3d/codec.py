@@ -27,7 +27,7 @@ class LatentCodec(nn.Module):
     Args:
         autoencoder: an AutoencoderKL or a VQAutoencoder, in a wavelet stem or not.
         latent_channels: C, the number of latent channels.
-        precision: of the autoencoder's passes, "bf16" or "fp32".
+        precision: of the autoencoder's passes, "bf16", "fp16" or "fp32".
 
     Raises:
         InputError: for another precision, or another number of channels than the autoencoder says it has.

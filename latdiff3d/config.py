@@ -56,6 +56,7 @@ def _are_numbers(value: Any, length: int) -> bool:
 # What a plain setting must be, for those whose mistakes would otherwise surface late, or never.
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (_is_count, "a whole number from 1 on"),
+    "accumulate_grad_batches": (_is_count, "a whole number of batches from 1 on"),
     "max_epochs": (_is_count, "a whole number from 1 on"),
     "val_interval": (_is_count, "a whole number from 1 on"),
     "encode": (lambda value: value in ("cached", "on_the_fly"), "cached or on_the_fly"),
@@ -63,12 +64,14 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
         "GB above 0, or null for as much as it takes",
     ),
+    "compile": (lambda value: isinstance(value, (bool, str)), "true, false or a backend's name, such as aot_eager"),
     "flips": (
         lambda value: isinstance(value, list) and all(_is_natural(v) and v < 3 and value.count(v) == 1 for v in value),
         "a list of axes, each of 0, 1 and 2 at most once, such as [0]",
     ),
     "checkpoint_every": (_is_natural, "a whole number of steps, or 0 for none"),
     "keep_checkpoints": (_is_count, "a whole number from 1 on"),
+    "num_fine_cases": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
     "num_workers": (_is_natural, "a whole number from 0 on"),
     "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),

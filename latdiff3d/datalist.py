@@ -12,6 +12,7 @@ from latdiff3d.errors import InputError
 
 # {"case": str, "patient": str, "image": list[str], "mask": str}, and "section" until `split_cases` has used it.
 Case = dict[str, Any]
+COARSE = "coarse"  # the key of a case's bool: whether of its mask no more is known than that some label is above 0
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 BRATS_MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -128,12 +129,16 @@ def split_cases(
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
     seed: int = 0,
+    num_fine_cases: int | None = None,
 ) -> dict[str, list[Case]]:
     """Put every case into "train", "val" or "test", all scans of a patient into the same one.
 
     `train.list`, `val.list` and `test.list` in `folder` decide where they exist (one case a line, # starts a comment;
     a case in no list is left out). Else a datalist's own validation section does. Else a seeded hash of the patient
     does, so that a case that is added moves no other; a datalist's own test section stays the test set.
+
+    With `num_fine_cases` each case says under `COARSE` whether its mask is taken for a coarse one: the training cases
+    after so many, in the order of train.list or else in the sorted one, are; those of the other splits never.
 
     Raises:
         InputError: a listed case that is missing, a case or a patient in two splits, an empty train or val.
@@ -160,6 +165,11 @@ def split_cases(
     for case in cases:
         if case["case"] in split_of:
             splits[split_of[case["case"]]].append({key: value for key, value in case.items() if key != "section"})
+    if num_fine_cases is not None:
+        in_order = [name for name, split in split_of.items() if split == "train"]
+        coarse = set(in_order[num_fine_cases:])
+        for case in (case for split in splits.values() for case in split):
+            case[COARSE] = case["case"] in coarse
     if not splits["train"] or not splits["val"]:
         advice = f"Name cases in {folder_of_lists}/train.list and val.list."
         if not lists:

@@ -1,4 +1,4 @@
-"""Where the networks compute and in which number format: bfloat16 autocast wherever the hardware has it."""
+"""Where the networks compute and in which number format: 16-bit autocast where it is wanted and is of use."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -8,6 +8,7 @@ import torch
 from latdiff3d.errors import InputError
 
 BF16_UNITS = ("avx512_bf16", "amx_bf16")  # of CPUs, as torch.cpu.get_capabilities names them; not tried on ARM
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 
 
 def device(gpus: str | int | None = None) -> torch.device:
@@ -54,13 +55,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
     Args:
         device: where it runs.
-        precision: "bf16" (bfloat16 autocast; weights stay in float32) or "fp32".
+        precision: "bf16" or "fp16" (autocast to bfloat16 or float16; weights stay in float32), or "fp32".
 
     Raises:
         InputError: for any other precision.
     """
     if precision == "fp32":
         return nullcontext()
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    raise InputError(f"precision is {precision!r}; expected 'bf16' or 'fp32'.")
+    if precision in FORMATS:
+        return torch.autocast(device.type, FORMATS[precision])
+    raise InputError(f"precision is {precision!r}; expected 'bf16', 'fp16' or 'fp32'.")

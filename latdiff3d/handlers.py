@@ -2,41 +2,83 @@
 
 import csv
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import CallableEventWithFilter, Engine, Events, EventsList
+from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from monai.data import DataLoader
 from monai.engines.workflow import Workflow
+from monai.handlers import LrScheduleHandler
 from PIL import Image
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from latdiff3d import updates
 from latdiff3d.distributed import rank
 from latdiff3d.figures import slices_preview
 
 
 class EMA(EMAHandler):
-    """Ignite's moving average of the weights, whose warm-up a resumed run goes on with instead of beginning anew."""
+    """Ignite's moving average of the weights, by updates; a resumed run goes on with its warm-up.
+
+    Args:
+        model: whose weights are averaged.
+        momentum: share of the new weights in each update, after the warm-up.
+        momentum_warmup: the share it begins with; None for no warm-up.
+        warmup_iters: of the warm-up, in updates.
+        accumulate_grad_batches: batches per update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        momentum_warmup: float | None = None,
+        warmup_iters: int | None = None,
+        accumulate_grad_batches: int = 1,
+    ) -> None:
+        super().__init__(model, momentum, momentum_warmup, warmup_iters)
+        self.accumulate_grad_batches = accumulate_grad_batches
 
     def attach(
-        self,
-        engine: Engine,
-        name: str = "ema_momentum",
-        warn_if_exists: bool = True,
-        event: str | Events | CallableEventWithFilter | EventsList = Events.ITERATION_COMPLETED,
+        self, engine: Engine, name: str = "ema_momentum", warn_if_exists: bool = True, event: Any = None
     ) -> None:
-        """Average after each iteration; the warm-up counts the engine's iterations, not this process'."""
-        super().attach(engine, name, warn_if_exists, event)
+        """Average after each update; the warm-up counts the engine's updates, not this process'."""
+        super().attach(engine, name, warn_if_exists, event or updates.completed(self.accumulate_grad_batches))
         engine.add_event_handler(Events.STARTED, self._catch_up)
 
     def _catch_up(self, engine: Engine) -> None:
         if self._momentum_lambda_obj is not None and self.momentum_scheduler is not None:
-            self.momentum_scheduler.event_index = engine.state.iteration
+            self.momentum_scheduler.event_index = updates.num_updates_done(engine, self.accumulate_grad_batches)
+
+
+class LrSchedule(LrScheduleHandler):
+    """MONAI's handler of a learning rate's schedule, by updates.
+
+    Args:
+        lr_scheduler: PyTorch's.
+        accumulate_grad_batches: batches per update.
+    """
+
+    def __init__(self, lr_scheduler: Any, accumulate_grad_batches: int = 1) -> None:
+        super().__init__(lr_scheduler, print_lr=False, epoch_level=False)
+        self.accumulate_grad_batches = accumulate_grad_batches
+
+    def attach(self, engine: Engine) -> None:
+        """Step after each update."""
+        engine.add_event_handler(updates.completed(self.accumulate_grad_batches), self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Step; an update that float16's scaler has skipped counts, even the first, at which PyTorch wonders."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            super().__call__(engine)
 
 
 def existing(handler: Any) -> Any:

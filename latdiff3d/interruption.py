@@ -1,4 +1,4 @@
-"""A stop that a signal asks for waits for the step's end and a checkpoint, from which the same command goes on."""
+"""A stop that a signal asks for waits for the update's end and a checkpoint, from which the same command goes on."""
 
 import signal
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
+from latdiff3d import updates
 from latdiff3d.distributed import any_rank, rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -30,8 +31,10 @@ def ends_epoch(engine: Engine) -> bool:
 
 
 @contextmanager
-def stopping_on_signals(engine: Engine, write: Callable[[Any], str]) -> Iterator[None]:
-    """While `engine` runs within, let SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint after the step and stop.
+def stopping_on_signals(
+    engine: Engine, write: Callable[[Any], str], accumulate_grad_batches: int = 1
+) -> Iterator[None]:
+    """While `engine` runs within, let SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint after the update and stop.
 
     A signal to one rank stops all. After an epoch's last step its validation and its own checkpoint come first. A
     second Ctrl-C does not wait.
@@ -39,6 +42,7 @@ def stopping_on_signals(engine: Engine, write: Callable[[Any], str]) -> Iterator
     Args:
         engine: a trainer, whose epochs' ends are handled already.
         write: writes the checkpoint and returns its path.
+        accumulate_grad_batches: batches per update.
 
     Raises:
         Interrupted: from within the engine's run.
@@ -68,7 +72,7 @@ def stopping_on_signals(engine: Engine, write: Callable[[Any], str]) -> Iterator
         if engine.state.epoch < (engine.state.max_epochs or 0) and any_rank(bool(received)):
             stop(engine, write(engine))
 
-    engine.add_event_handler(Events.ITERATION_COMPLETED, after_step)
+    engine.add_event_handler(updates.completed(accumulate_grad_batches), after_step)
     engine.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)
     in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may hear signals
     before = {number: signal.signal(number, note) for number in SIGNALS} if in_main_thread else {}

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from latdiff3d import fingerprints
 from latdiff3d.codec import LatentCodec
-from latdiff3d.datalist import Case
+from latdiff3d.datalist import COARSE, Case
 from latdiff3d.distributed import num_ranks, rank, shared, together
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
@@ -121,7 +121,7 @@ class _Volumes(Dataset):
         return len(self.cases)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        case = {key: value for key, value in self.cases[index].items() if key in ("image", "mask")}
+        case = {key: value for key, value in self.cases[index].items() if key in ("image", "mask", COARSE)}
         volume = self.preprocessing(case)
         image = {"image": volume["image"].as_tensor()}
         return image | ({"mask": volume["mask"].as_tensor().to(torch.uint8)} if "mask" in case else {})
@@ -142,7 +142,8 @@ def _files(case: Case) -> list[str]:
 
 def _key(case: Case, flip: Flip, made_by: tuple[str, str], contents: Mapping[str, str]) -> str:
     images, mask = [contents[str(path)] for path in case["image"]], contents.get(str(case.get("mask")))
-    return fingerprints.of([FORMAT, *made_by, images, mask, list(flip)])
+    coarse = [COARSE] if case.get(COARSE, False) else []  # what the mask becomes, and so the mask that is kept
+    return fingerprints.of([FORMAT, *made_by, images, mask, list(flip), *coarse])
 
 
 def _announce(

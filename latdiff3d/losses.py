@@ -67,10 +67,10 @@ class AutoencoderLoss:
         disc_weight: weight of the adversarial term, after the adaptive weight.
         feature_matching_weight: weight of the mean absolute difference of the discriminator's hidden features (Wang
             et al. 2018, arXiv:1711.11585), from `disc_start` on.
-        disc_start: the first iteration (counted from 1) whose generator update sees the discriminator.
-        disc_warmup: for so many iterations before `disc_start` the discriminator trains alone, so that it is not cold
+        disc_start: the first update (counted from 1) whose generator sees the discriminator.
+        disc_warmup: for so many updates before `disc_start` the discriminator trains alone, so that it is not cold
             when it is first listened to.
-        disc_ramp: over so many iterations from `disc_start` on, both weights grow linearly to their full value.
+        disc_ramp: over so many updates from `disc_start` on, both weights grow linearly to their full value.
         adaptive_weight: scale the adversarial term so that its gradient at the decoder's last layer is as long as the
             reconstruction's (Esser et al. 2021, Eq. 7).
 
@@ -166,29 +166,31 @@ class AutoencoderLoss:
     def add_adversarial(
         self,
         terms: Terms,
-        iteration: int,
+        number: int,
         fake: Sequence[torch.Tensor],
         real: Sequence[torch.Tensor] | None,
         layer: torch.Tensor,
+        scale: float = 1.0,
     ) -> None:
         """Add what the discriminator has to say to `terms`, which hold the reconstruction's.
 
         Args:
             terms: so far.
-            iteration: counted from 1.
+            number: of the update, counted from 1.
             fake: the discriminator's features of the reconstruction, its scores last.
             real: of the image; needed by feature matching alone.
             layer: the decoder's last weight, where the adaptive weight compares gradients.
+            scale: of the loss on its way back, see `adaptive_weight`.
         """
         score = generator_loss(fake[-1], self.adversarial)
-        weight: float | torch.Tensor = self.disc_weight * self.ramp(iteration)
+        weight: float | torch.Tensor = self.disc_weight * self.ramp(number)
         if self.adaptive_weight:
-            terms.notes["adaptive_weight"] = adaptive_weight(self._pull(terms), score, layer)
+            terms.notes["adaptive_weight"] = adaptive_weight(self._pull(terms), score, layer, scale)
             weight = weight * terms.notes["adaptive_weight"]
         terms.add("adversarial", score, weight)
         if real is not None and self.feature_matching_weight > 0:
             matching = feature_matching(fake[:-1], real[:-1])
-            terms.add("feature_matching", matching, self.feature_matching_weight * self.ramp(iteration))
+            terms.add("feature_matching", matching, self.feature_matching_weight * self.ramp(number))
 
     def _pull(self, terms: Terms) -> torch.Tensor:
         pulling = [name for name in (self.reconstruction, "perceptual") if name in terms.raw]
@@ -199,17 +201,17 @@ class AutoencoderLoss:
         """Whether a term of the discriminator has a weight."""
         return self.disc_weight > 0 or self.feature_matching_weight > 0
 
-    def generator_sees_discriminator(self, iteration: int) -> bool:
-        """Say whether the discriminator's terms count at `iteration`."""
-        return self.uses_discriminator and iteration >= self.disc_start
+    def generator_sees_discriminator(self, number: int) -> bool:
+        """Say whether the discriminator's terms count in the update `number`."""
+        return self.uses_discriminator and number >= self.disc_start
 
-    def discriminator_trains(self, iteration: int) -> bool:
-        """Say whether the discriminator is updated at `iteration`."""
-        return self.uses_discriminator and iteration >= self.disc_start - self.disc_warmup
+    def discriminator_trains(self, number: int) -> bool:
+        """Say whether the discriminator takes part in the update `number`."""
+        return self.uses_discriminator and number >= self.disc_start - self.disc_warmup
 
-    def ramp(self, iteration: int) -> float:
-        """Return by how much the discriminator's weights have grown at `iteration`, in [0, 1]."""
-        return min(1.0, (iteration - self.disc_start + 1) / (self.disc_ramp + 1))
+    def ramp(self, number: int) -> float:
+        """Return by how much the discriminator's weights have grown at the update `number`, in [0, 1]."""
+        return min(1.0, (number - self.disc_start + 1) / (self.disc_ramp + 1))
 
     def kl(self, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         """Return the KL divergence of N(mean, std²) from N(0, 1), reduced as `kl_reduction` says.
@@ -288,7 +290,9 @@ def feature_matching(fake: Sequence[torch.Tensor], real: Sequence[torch.Tensor])
     return torch.stack([F.l1_loss(one.float(), other.float()) for one, other in zip(fake, real, strict=True)]).mean()
 
 
-def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+def adaptive_weight(
+    reconstruction: torch.Tensor, adversarial: torch.Tensor, layer: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
     """Return by how much the adversarial loss is scaled to pull as hard as the reconstruction loss at `layer`.
 
     Both gradients are averaged over the ranks before they are measured, so all ranks get the joint batch's weight.
@@ -297,9 +301,17 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, lay
         reconstruction: scalar loss.
         adversarial: scalar loss.
         layer: the weight both depend on, the decoder's last.
+        scale: of both losses on their way back, where gradients that small are lost in float16; the weight is that of
+            the losses as they are.
     """
-    (pull_rec,) = torch.autograd.grad(reconstruction, layer, retain_graph=True)
-    (pull_adv,) = torch.autograd.grad(adversarial, layer, retain_graph=True)
-    pulls = mean_over_ranks(torch.stack([pull_rec, pull_adv]).float())
-    weight = pulls[0].norm() / (pulls[1].norm() + ADAPTIVE_EPSILON)
-    return weight.clamp(0, ADAPTIVE_MAX)
+    pull_rec, pull_adv = (_pull_at(layer, loss, scale) for loss in (reconstruction, adversarial))
+    return (pull_rec.norm() / (pull_adv.norm() + ADAPTIVE_EPSILON)).clamp(0, ADAPTIVE_MAX)
+
+
+def _pull_at(layer: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
+    (pull,) = torch.autograd.grad(scale * loss, layer, retain_graph=True)
+    pull = mean_over_ranks(pull.float())
+    # The scale is one that the weighted losses' sum bears, which says little of each alone.
+    if scale > 1 and not torch.isfinite(pull).all():
+        return _pull_at(layer, loss, scale / 256)
+    return pull / scale

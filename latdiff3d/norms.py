@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from latdiff3d.compilation import uncompiled
+
 # (B, C, d, h, w), a window → one or more tensors (B, C', d·scale, h·scale, w·scale)
 WindowFunction = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 # A window, and the part of it that counts, as slices within it: over all windows each voxel of the volume once.
@@ -45,9 +47,10 @@ def whole_volume_norms(network: nn.Module, function: WindowFunction, parts: Sequ
     try:
         for layer in layers:
             layer.forward = functools.partial(norms.normalise, layer)  # type: ignore[method-assign]
-        while norms.measure_next(function, parts):
-            pass
-        yield functools.partial(norms.run, function)
+        with uncompiled(network):
+            while norms.measure_next(function, parts):
+                pass
+            yield functools.partial(norms.run, function)
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)

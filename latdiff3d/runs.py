@@ -16,7 +16,7 @@ from monai.engines import Evaluator, Trainer
 from monai.utils import set_determinism
 from torch import nn
 
-from latdiff3d import checkpoints, config, distributed, verdict
+from latdiff3d import checkpoints, config, distributed, updates, verdict
 from latdiff3d.batches import Seeds
 from latdiff3d.codec import LatentCodec
 from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
@@ -27,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broken pipe"
 # May differ between a run and its continuation.
 NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root", "latent_cache", "encode_memory_gb")
+# What checkpoints lack that are older than precision fp16.
+UNSCALED: Mapping[str, Mapping[str, Any]] = {"scaler": {}, "discriminator_scaler": {}}
 
 
 def begin(*files: str) -> None:
@@ -73,7 +75,7 @@ def train(stage: str) -> None:
             _write_config(run_dir, run.config_text)
         started = time.monotonic()
         if trainer.state.epoch < trainer.state.max_epochs:
-            with stopping_on_signals(trainer, run.write_last):
+            with stopping_on_signals(trainer, run.write_last, run.accumulate_grad_batches):
                 trainer.run()
         run.finish()
         print(run.summary(trainer, time.monotonic() - started), flush=True)
@@ -134,8 +136,9 @@ class Run:
         at_end: called once with the best weights loaded; what it changes in them is kept.
         quality: called after that, to write the codec's page; its figures are kept with the weights.
         seeds: of the training loader, on whose crops `at_end` measures.
-        checkpoint_every: steps between checkpoints within an epoch; 0: none.
+        checkpoint_every: updates between checkpoints within an epoch; 0: none.
         keep_checkpoints: how many of the last ones are kept.
+        accumulate_grad_batches: batches per update.
     """
 
     stage: str
@@ -152,6 +155,7 @@ class Run:
     seeds: Seeds | None = None
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    accumulate_grad_batches: int = 1
     config_text: str = field(default="", init=False)
     figures: Mapping[str, Any] | None = field(default=None, init=False)  # once finished, of `quality`
 
@@ -161,7 +165,8 @@ class Run:
         engine.add_event_handler(Events.EPOCH_STARTED, self._require_space)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
         if self.checkpoint_every:
-            engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.checkpoint_every), self._write_within)
+            event = updates.completed(self.accumulate_grad_batches, self.checkpoint_every)
+            engine.add_event_handler(event, self._write_within)
 
     def write(self, engine: Trainer) -> None:
         """Write `last.pt`, and `best.pt` if this epoch's validation was the best so far, on the first rank alone."""
@@ -188,8 +193,9 @@ class Run:
         Raises:
             InputError: of other shapes.
         """
+        objects = {**UNSCALED, **content["objects"]}
         for name, thing in self.objects.items():
-            state = content["objects"][name]
+            state = objects[name]
             if isinstance(thing, nn.Module):
                 checkpoints.load_weights(thing, state, f"the checkpoint of {self.run_dir}")
             else:

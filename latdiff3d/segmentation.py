@@ -27,7 +27,8 @@ from latdiff3d.dice import label_dice
 from latdiff3d.distributed import mean_over_ranks
 from latdiff3d.errors import InputError
 from latdiff3d.perceptual import Perceptual, encoder_stages, segmenter_perceptual
-from latdiff3d.training import Batch, to_device, update
+from latdiff3d.training import Batch, to_device
+from latdiff3d.updates import LossScaler, group_of, update
 
 STAGE = "segmenter"
 PURPOSES = ("training", "evaluation")
@@ -44,7 +45,8 @@ class SegmenterStep:
     """One update of the segmenter by Dice and cross-entropy, both of weight 1 (Isensee et al. 2021, nnU-Net).
 
     A batch holds `image` (B, C, D, H, W) in [0, 1], `mask` (B, 1, D, H, W) with labels 0, 1, 2, …, and `valid`
-    (B, 1, D, H, W), 1 on the volume's own voxels; the others do not count.
+    (B, 1, D, H, W), 1 on the volume's own voxels; the others do not count. `accumulate_grad_batches` batches share an
+    update.
     """
 
     segmenter: nn.Module
@@ -52,6 +54,10 @@ class SegmenterStep:
     device: torch.device
     precision: str = "bf16"
     max_grad_norm: float = 1.0
+    accumulate_grad_batches: int = 1
+
+    def __post_init__(self) -> None:
+        self.scaler = LossScaler(self.device, self.precision)
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss's terms, means over the ranks."""
@@ -61,8 +67,9 @@ class SegmenterStep:
             logits = self.segmenter(image)  # (B, K, D, H, W)
         terms = segmentation_terms(logits.float(), mask, valid)
         total = torch.stack(list(terms.values()))
-        update(total.sum(), self.segmenter, self.optimizer, self.max_grad_norm)
-        return dict(zip(terms, mean_over_ranks(total).tolist(), strict=True))
+        group = group_of(engine, self.accumulate_grad_batches)
+        update(total.sum(), self.segmenter, self.optimizer, self.max_grad_norm, group, self.scaler)
+        return dict(zip(terms, mean_over_ranks(total).tolist(), strict=True)) | self.scaler.logged()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 from latdiff3d import checkpoints
+from latdiff3d.compilation import compiled
 from latdiff3d.conditioning import MaskCondition
 from latdiff3d.config import check_settings, refuse_unknown_keys
 from latdiff3d.devices import device
@@ -31,7 +32,8 @@ from latdiff3d.volumes import (
 # What may differ between samples of one model; all else is as it was trained.
 SAMPLING_SETTINGS = (
     "sampler", "sampling_steps", "sampling_spacing", "sampling_eta", "guidance", "guidance_interval",
-    "guidance_in_sequence", "precision",
+    "guidance_in_sequence", "precision", "compile",
+    "mask_mode",
 )  # fmt: skip
 
 
@@ -105,8 +107,11 @@ class Model:
         content = checkpoints.load(path, "diffusion")
         parser = ConfigParser(yaml.safe_load(content["config"]))
         parser["device"] = device(gpus)
+        _check_mask_mode(chosen, parser.get(), path)
         for key, value in chosen.items():
             parser[key] = value
+        compile = parser.get("compile", False)
+        parser["compile"] = False  # done below, for a model of an earlier version too, whose configuration lacks it
         missing = [key for key in SAMPLING_SETTINGS if key not in parser.get()]
         if missing:
             raise InputError(f"{path} is of an earlier version, without {', '.join(missing)}; give key=value for each.")
@@ -114,6 +119,8 @@ class Model:
         denoiser, codec = parser.get_parsed_content("denoiser"), parser.get_parsed_content("codec")
         checkpoints.load_weights(denoiser, content["objects"]["ema"], str(path))
         checkpoints.load_weights(codec, content["objects"]["codec"], str(path))
+        for network in (denoiser, codec.autoencoder):
+            compiled(network, compile)
         synthesizer = Synthesizer(
             denoiser,
             codec.requires_grad_(False).eval(),
@@ -261,3 +268,12 @@ def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[di
     if not cases:
         raise InputError(f"{dataset_dir} has no {split} case; choose another --split, or list some in {split}.list.")
     return cases
+
+
+def _check_mask_mode(chosen: Mapping[str, Any], trained: Mapping[str, Any], path: Path) -> None:
+    there = trained.get("mask_mode")
+    if chosen.get("mask_mode", there) != there and trained.get("num_fine_cases") is None:
+        raise InputError(
+            f"mask_mode is {chosen['mask_mode']!r}, and {path} was trained on {there} masks alone; leave it out, or "
+            "use a model that num_fine_cases trained on both."
+        )

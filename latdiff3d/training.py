@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import MaskCondition, NoCondition, dropped
 from latdiff3d.devices import autocast
-from latdiff3d.distributed import average_gradients, mean_over_ranks, num_ranks, rank
-from latdiff3d.errors import InputError
+from latdiff3d.distributed import mean_over_ranks, num_ranks, rank
 from latdiff3d.losses import AutoencoderLoss, discriminator_loss, masked_psnr, volume_l1
 from latdiff3d.networks import last_layer
 from latdiff3d.noise_schedules import schedule_of
 from latdiff3d.objectives import Objective, check_objective, min_snr_weight
+from latdiff3d.updates import Group, LossScaler, group_of, update
 
 Batch = Mapping[str, Any]
 NUM_BUCKETS = 4  # of noise levels, whose losses are logged one by one
@@ -25,11 +25,11 @@ NUM_BUCKETS = 4  # of noise levels, whose losses are logged one by one
 
 @dataclass
 class AutoencoderStep:
-    """One generator update and, once it trains, one discriminator update.
+    """A batch's part in one generator update and, once it trains, one discriminator update.
 
     A batch holds `image` (B, C, D, H, W) in [0, 1] and `valid` (B, 1, D, H, W), 1 on the volume's own voxels. Padding
     is kept out of the reconstruction loss, and looks the same to other networks in real and reconstructed volumes.
-    Over several ranks the update is that of their joint batch.
+    Over several ranks the update is that of their joint batch; `accumulate_grad_batches` of those share an update.
     """
 
     autoencoder: nn.Module
@@ -40,10 +40,15 @@ class AutoencoderStep:
     device: torch.device
     precision: str = "bf16"
     max_grad_norm: float = 1.0
+    accumulate_grad_batches: int = 1
+
+    def __post_init__(self) -> None:
+        self.scaler = LossScaler(self.device, self.precision)
+        self.discriminator_scaler = LossScaler(self.device, self.precision)
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss's terms, raw and weighted, means over the ranks."""
-        iteration = engine.state.iteration
+        group = group_of(engine, self.accumulate_grad_batches)
         self.autoencoder.train()
         self.discriminator.train()
         image, valid = to_device(self.device, batch["image"], batch["valid"])
@@ -53,23 +58,26 @@ class AutoencoderStep:
         shown = torch.where(valid > 0, reconstruction, image)
         terms = self.loss.reconstruction_terms(reconstruction, image, valid, shown)
         self.loss.add_regularisation(terms, *latents)
-        if self.loss.generator_sees_discriminator(iteration):
+        if self.loss.generator_sees_discriminator(group.number):
             self.discriminator.requires_grad_(False)
             real = self._features(image) if self.loss.feature_matching_weight > 0 else None
-            self.loss.add_adversarial(terms, iteration, self._features(shown), real, last_layer(self.autoencoder))
+            layer, scale = last_layer(self.autoencoder), self.scaler.get_scale() / group.size
+            self.loss.add_adversarial(terms, group.number, self._features(shown), real, layer, scale)
         del reconstruction  # as large as the volumes, and of no use on the way back, where memory peaks
-        update(terms.total(), self.autoencoder, self.optimizer, self.max_grad_norm)
-        logged = terms.logged()
-        if self.loss.discriminator_trains(iteration):
-            logged["discriminator"] = self._update_discriminator(image, shown.detach())
+        update(terms.total(), self.autoencoder, self.optimizer, self.max_grad_norm, group, self.scaler)
+        logged, scales = terms.logged(), self.scaler.logged()
+        if self.loss.discriminator_trains(group.number):
+            logged["discriminator"] = self._update_discriminator(image, shown.detach(), group)
+            scales |= self.discriminator_scaler.logged("discriminator_")
         means = mean_over_ranks(torch.stack([term.detach().float() for term in logged.values()]))
-        return dict(zip(logged, means.tolist(), strict=True))
+        return dict(zip(logged, means.tolist(), strict=True)) | scales
 
-    def _update_discriminator(self, image: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    def _update_discriminator(self, image: torch.Tensor, shown: torch.Tensor, group: Group) -> torch.Tensor:
         self.discriminator.requires_grad_(True)
         real, fake = self._features(image)[-1], self._features(shown)[-1]
         loss = discriminator_loss(real.float(), fake.float(), self.loss.adversarial)
-        update(loss, self.discriminator, self.discriminator_optimizer, self.max_grad_norm)
+        optimizer, scaler = self.discriminator_optimizer, self.discriminator_scaler
+        update(loss, self.discriminator, optimizer, self.max_grad_norm, group, scaler)
         return loss
 
     def _features(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -114,7 +122,7 @@ class DiffusionStep:
 
     A batch holds `mean` and `std`, moments of the normalised posterior (see latents.py), or `image`, which is then
     encoded here; beside them `mask`, for a conditioned model, which each volume loses with probability
-    `condition_dropout`.
+    `condition_dropout`. `accumulate_grad_batches` batches share an update.
     """
 
     denoiser: nn.Module
@@ -129,10 +137,12 @@ class DiffusionStep:
     condition_dropout: float = 0.0
     time_distribution: str = "uniform"
     min_snr_gamma: float | None = None
+    accumulate_grad_batches: int = 1
 
     def __post_init__(self) -> None:
         self.schedule = schedule_of(self.noise_schedule)
         check_objective(self.objective, self.noise_schedule)
+        self.scaler = LossScaler(self.device, self.precision)
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss, its mean over the ranks."""
@@ -147,8 +157,9 @@ class DiffusionStep:
         if self.min_snr_gamma is not None:
             loss = loss * min_snr_weight(self.objective, *self.schedule.alpha_sigma(timesteps), self.min_snr_gamma)
         loss = loss.mean()
-        update(loss, self.denoiser, self.optimizer, self.max_grad_norm)
-        return {"loss": mean_over_ranks(loss).item()}
+        group = group_of(engine, self.accumulate_grad_batches)
+        update(loss, self.denoiser, self.optimizer, self.max_grad_norm, group, self.scaler)
+        return {"loss": mean_over_ranks(loss).item()} | self.scaler.logged()
 
 
 @dataclass
@@ -229,21 +240,3 @@ def diffusion_loss(
 def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Move to `device` as plain tensors: MONAI's metadata has done its work by now, and costs time in every op."""
     return [(t.as_tensor() if hasattr(t, "as_tensor") else t).to(device, non_blocking=True) for t in tensors]
-
-
-def update(loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-    """Step `optimizer` down the gradient of `loss`, averaged over the ranks and no longer than `max_grad_norm`.
-
-    Raises:
-        InputError: when the loss is not a finite number, on any rank; the weights are then as before.
-    """
-    if not torch.isfinite(mean_over_ranks(loss)):
-        raise InputError(
-            f"the loss of {type(network).__name__} became {loss.item()}; lower learning_rate, or look at the data with "
-            "`latdiff3d doctor`. The last checkpoint is from before this step."
-        )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    average_gradients(network.parameters())
-    nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
-    optimizer.step()

@@ -173,22 +173,25 @@ class MarkValidd(MapTransform):
 
 
 class CoarseMaskd(MapTransform):
-    """Keep a mask's labels (mode "fine"), or merge all that are above 0 into 1 (mode "coarse")."""
+    """Keep a mask's labels (mode "fine"), or merge all that are above 0 into one, `label` (mode "coarse")."""
 
     backend = _TORCH_AND_NUMPY
 
-    def __init__(self, keys: KeysCollection, mode: str = "fine", allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection, mode: str = "fine", allow_missing_keys: bool = False, label: int = 1
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
         if mode not in ("fine", "coarse"):
             raise InputError(f"mask mode {mode!r} is unknown; expected fine or coarse.")
         self.mode = mode
+        self.label = label
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         if self.mode == "coarse":
             for key in self.key_iterator(d):
                 mask = convert_to_tensor(d[key], track_meta=True)
-                d[key] = (mask > 0).to(mask.dtype)
+                d[key] = (mask > 0).to(mask.dtype) * self.label
         return d
 
 

@@ -16,16 +16,17 @@ FLOORS = [
     {"segmentation", "quality", "synthesizer"},
     {"training", "latents", "latent_cache", "quality_page"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
-    | {"mask_fidelity"},
+    | {"mask_fidelity", "interruption"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
     {"codec", "conditioning", "objectives", "samplers", "losses", "perceptual", "wavelets", "figures"},
-    {"networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"},
+    {"coarse_masks", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
+    | {"updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
-    {"checks", "norms", "batches", "interruption"},
+    {"checks", "norms", "batches"},
     {"readers"},
     {"datalist", "phantoms"},
-    {"devices", "distributed"},
+    {"devices", "distributed", "compilation"},
     {"errors"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}

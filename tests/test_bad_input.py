@@ -223,7 +223,7 @@ SETTINGS = [
     ),
     ("a crop that is one number", "autoencoder", {"crop_to": 16}, r"crop_to is 16; expected three whole numbers"),
     ("a crop in words", "autoencoder", {"crop_to": "big"}, r"crop_to is .*; expected three whole numbers"),
-    ("an unknown precision", "autoencoder", {"precision": "fp16"}, r"precision is 'fp16'; expected 'bf16' or 'fp32'"),
+    ("an unknown precision", "autoencoder", {"precision": "int8"}, r"precision is 'int8'; expected 'bf16', 'fp16' or"),
     (
         "an unknown conditioning",
         "diffusion",
@@ -287,7 +287,7 @@ SETTINGS = [
     ("a learning rate of 0", "autoencoder", {"learning_rate": 0}, r"learning_rate is 0; expected a number above 0"),
     ("a learning rate in words", "diffusion", {"learning_rate": "slow"}, r"learning_rate is 'slow'; expected a number"),
     ("a first stage that is a number", "diffusion", {"first_stage": 3}, r"first_stage is 3; expected a checkpoint or"),
-    ("an unknown precision of stage 2", "diffusion", {"precision": 16}, r"precision is 16; expected 'bf16' or 'fp32'"),
+    ("an unknown precision of stage 2", "diffusion", {"precision": 16}, r"precision is 16; expected 'bf16', 'fp16' or"),
     (
         "channels that the groups do not divide",
         "autoencoder",

@@ -90,8 +90,8 @@ def test_a_codec_without_statistics_feeds_nothing():
 
 
 def test_an_unknown_precision_is_refused_before_any_work():
-    with pytest.raises(InputError, match="precision is 'fp16'; expected 'bf16' or 'fp32'"):
-        LatentCodec(KnownMoments(), latent_channels=2, precision="fp16")
+    with pytest.raises(InputError, match="precision is 'int8'; expected 'bf16', 'fp16' or 'fp32'"):
+        LatentCodec(KnownMoments(), latent_channels=2, precision="int8")
 
 
 def test_nothing_to_measure_is_refused():

@@ -98,11 +98,14 @@ def test_dots_and_colons_both_reach_a_leaf(key):
 
 BAD_SETTINGS = {
     "batch_size": [0, -1, 2.5, True, "two", None, [2]],
+    "accumulate_grad_batches": [0, 1.5, True, None],
     "max_epochs": [0, "many"],
     "val_interval": [0, 1.5],
     "encode": ["once", True, None],
     "encode_memory_gb": [0, "much"],
     "flips": [0, None, [3], [0, 0], [True], ["x"], [[0]]],
+    "compile": [1, None],
+    "num_fine_cases": [0, -1, 1.5, True, "few"],
     "num_workers": [-1, "4"],
     "checkpoint_every": [-1, 0.5, None],
     "keep_checkpoints": [0, "2"],

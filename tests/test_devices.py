@@ -1,4 +1,4 @@
-"""The number format: bfloat16 only where the device multiplies it itself, and no format by guess."""
+"""The number format: bfloat16 by itself only where the device multiplies it itself, and no format by guess."""
 
 import pytest
 import torch
@@ -33,12 +33,14 @@ def test_autocast_computes_in_the_format_named():
     a = torch.ones(2, 2)
     with autocast(CPU, "bf16"):
         assert (a @ a).dtype == torch.bfloat16
+    with autocast(CPU, "fp16"):
+        assert (a @ a).dtype == torch.float16
     with autocast(CPU, "fp32"):
         assert (a @ a).dtype == torch.float32
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(InputError, match="precision is 'int8'; expected 'bf16' or 'fp32'"):
+    with pytest.raises(InputError, match="precision is 'int8'; expected 'bf16', 'fp16' or 'fp32'"):
         autocast(CPU, "int8")
 
 

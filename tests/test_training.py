@@ -75,7 +75,7 @@ def same_weights(one, other):
 # Stage 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_stage_1_overfits_a_batch(precision):
     step, batch = autoencoder_step(precision=precision, disc_start=1000), volumes()
     losses = [step(engine_at(k), batch)["l1"] for k in range(1, 31)]
