@@ -28,7 +28,7 @@ class MaskCondition:
 
     @property
     def num_channels(self) -> int:
-        """How many channels it adds to the denoiser's input."""
+        """How many channels it has."""
         return self.num_classes
 
     def __call__(self, mask: torch.Tensor) -> torch.Tensor:
@@ -67,12 +67,33 @@ class ScalarCondition(MaskCondition):
 
     @property
     def num_channels(self) -> int:
-        """How many channels it adds to the denoiser's input."""
+        """How many channels it has."""
         return 1
 
     def __call__(self, mask: torch.Tensor) -> torch.Tensor:
         """Return numbers (B, 1, D/f, H/f, W/f) in [0, 1]; see `MaskCondition.__call__`."""
         return F.avg_pool3d(self._labels(mask).float() / max(self.num_classes - 1, 1), self.factor)
+
+
+class PackedCondition(MaskCondition):
+    """The whole mask on the latent grid, for a network to encode that is trained with the denoiser.
+
+    Each cell's voxels become channels (space to depth), so that nothing is averaged away, and latent crops, dropout,
+    guidance and the latent cache treat it as any condition.
+
+    Attributes:
+        null_value: 0. No mask gives it: of each voxel's K channels one is 1.
+    """
+
+    @property
+    def num_channels(self) -> int:
+        """How many channels the encoder is given: K · f³."""
+        return self.num_classes * self.factor**3
+
+    def __call__(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return the one-hot mask (B, K · f³, D/f, H/f, W/f), the label outermost; see `MaskCondition.__call__`."""
+        one_hot = F.one_hot(self._labels(mask)[:, 0], self.num_classes).float()
+        return rearrange(one_hot, "b (d i) (h j) (w l) k -> b (k i j l) d h w", **dict.fromkeys("ijl", self.factor))
 
 
 def dropped(condition: torch.Tensor, probability: float, null_value: float) -> torch.Tensor:
@@ -97,7 +118,7 @@ class NoCondition:
 
 
 def condition_for(conditioning: str, num_classes: int, factor: int) -> MaskCondition | NoCondition:
-    """Return the condition that the setting `conditioning` names: "concat", "scalar" or "none".
+    """Return the condition that the setting `conditioning` names: "concat", "scalar", "encoder" or "none".
 
     Raises:
         InputError: for any other name.
@@ -106,11 +127,13 @@ def condition_for(conditioning: str, num_classes: int, factor: int) -> MaskCondi
         return MaskCondition(num_classes, factor)
     if conditioning == "scalar":
         return ScalarCondition(num_classes, factor)
+    if conditioning == "encoder":
+        return PackedCondition(num_classes, factor)
     if conditioning == "none":
         return NoCondition()
-    raise InputError(f"conditioning is {conditioning!r}; expected 'concat', 'scalar' or 'none'.")
+    raise InputError(f"conditioning is {conditioning!r}; expected 'concat', 'scalar', 'encoder' or 'none'.")
 
 
-def num_condition_channels(conditioning: str, num_classes: int) -> int:
-    """Return how many channels the condition adds to the denoiser's input."""
-    return condition_for(conditioning, num_classes, factor=1).num_channels
+def num_condition_channels(conditioning: str, num_classes: int, factor: int = 1) -> int:
+    """Return how many channels the condition has, which stand behind the latents in the denoiser's input."""
+    return condition_for(conditioning, num_classes, factor).num_channels

@@ -15,7 +15,7 @@ from latdiff3d import samplers
 from latdiff3d.guidance import Guidance
 from latdiff3d.synthesis import Model
 
-OVERLAYS = {"flow": ["flow.yaml"], "v_prediction": ["v_prediction.yaml"]}
+OVERLAYS = {"flow": ["flow.yaml"], "v_prediction": ["v_prediction.yaml"], "encoder": ["condition_encoder.yaml"]}
 SETTINGS = {
     "unconditional": ["conditioning=none"],
     "scalar": ["conditioning=scalar"],
@@ -37,6 +37,11 @@ def trained(kind, tiny_runs, logdir):
     return logdir / kind
 
 
+@pytest.fixture(scope="module")
+def encoder(tiny_runs, tmp_path_factory):
+    return trained("encoder", tiny_runs, tmp_path_factory.mktemp("encoder"))
+
+
 @pytest.mark.parametrize("kind", [*OVERLAYS, *SETTINGS])
 def test_every_kind_trains_and_samples(kind, tiny_runs, tmp_path):
     run = trained(kind, tiny_runs, tmp_path)
@@ -54,7 +59,8 @@ def synthesizer_of(run):
     synthesizer = Model.load(run).synthesizer
     synthesizer.precision = synthesizer.codec.precision = "fp32"
     torch.manual_seed(0)
-    nn.init.normal_(synthesizer.denoiser.out[-1].conv.weight, std=0.05)
+    unet = getattr(synthesizer.denoiser, "denoiser", synthesizer.denoiser)
+    nn.init.normal_(unet.out[-1].conv.weight, std=0.05)
     return synthesizer
 
 
@@ -85,9 +91,12 @@ def test_monais_inferer_samples_flow_as_we_do(flow, scale):
 
 
 @pytest.mark.parametrize(("sampler", "scheduler_type"), [("ddim", DDIMScheduler), ("ddpm", DDPMScheduler)])
-def test_monais_inferer_samples_diffusion_as_we_do_where_it_takes_all_times(sampler, scheduler_type, tiny_runs):
+@pytest.mark.parametrize("kind", ["concat", "encoder"])
+def test_monais_inferer_samples_diffusion_as_we_do_where_it_takes_all_times(
+    kind, sampler, scheduler_type, tiny_runs, encoder
+):
     settings = {"schedule": "scaled_linear_beta", "beta_start": 0.05, "beta_end": 0.6, "clip_sample": False}
-    trained, guidance = synthesizer_of(tiny_runs.diffusion), Guidance(2.0)
+    trained, guidance = synthesizer_of(encoder if kind == "encoder" else tiny_runs.diffusion), Guidance(2.0)
     synthesizer = replace(
         trained, noise_schedule=DDPMScheduler(20, **settings), num_steps=20, sampler=sampler, guidance=guidance
     )
@@ -121,6 +130,32 @@ def test_monais_inferer_asks_the_denoiser_what_training_asks(kind, tiny_runs, fl
         alpha, sigma = (v.float().view(-1, 1, 1, 1, 1) for v in synthesizer.schedule.alpha_sigma(timesteps))
         ours = synthesizer.denoiser(torch.cat([alpha * latents + sigma * noise, condition], 1), timesteps)
     assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+def test_an_encoder_is_trained_saved_and_loaded_with_its_denoiser(encoder, tiny_runs):
+    content = torch.load(encoder / "checkpoints" / "best.pt", weights_only=True)
+    saved, loaded = content["objects"], Model.load(encoder).synthesizer.denoiser.state_dict()
+    assert set(saved["denoiser"]) == set(saved["ema"]) == set(loaded)
+    assert {key.split(".")[0] for key in loaded} == {"denoiser", "encoder"}
+    assert all(torch.equal(loaded[key], saved["ema"][key]) for key in loaded)
+    [first] = [key for key in loaded if key.startswith("encoder.0.") and key.endswith("weight")]
+    assert not torch.equal(saved["denoiser"][first], saved["ema"][first])  # it moved
+
+
+@pytest.mark.parametrize("words", [["encode=on_the_fly"], ["use_checkpoint=true"], ["mask_mode=coarse"]])
+def test_an_encoder_trains_however_latents_come_and_activations_go(words, tiny_runs, tmp_path):
+    overlay = ["--config", REPOSITORY / "configs" / "condition_encoder.yaml"]
+    settings = {"max_epochs": 1, "first_stage": str(tiny_runs.autoencoder)}
+    ended = train_here("diffusion", tiny_runs.data, tmp_path, "run", *overlay, *words, **settings)
+    assert ended.code == 0, ended.err
+
+
+def test_an_encoder_that_does_not_fit_is_one_line(tiny_runs, tmp_path):
+    network = {"_target_": "torch.nn.Conv3d", "in_channels": "@condition_channels", "out_channels": 3, "kernel_size": 1}
+    settings = {"conditioning": "encoder", "condition_encoder_def": network, "first_stage": str(tiny_runs.autoencoder)}
+    line = refused(train_here("diffusion", tiny_runs.data, tmp_path, "wrong", **settings))
+    assert "condition_encoder_def, a Conv3d, makes (1, 3, 8, 8, 8)" in line
+    assert not (tmp_path / "latent_cache").exists()
 
 
 def test_a_flows_sampler_on_a_diffusion_model_is_one_line(tiny_runs, tmp_path):
