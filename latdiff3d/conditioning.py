@@ -1,10 +1,44 @@
 """The condition lives on the latent grid: a mask becomes one-hot, then fractions of each label per latent cell."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from latdiff3d.covariates import MISSING
 from latdiff3d.errors import InputError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told of a batch beside noisy latents and times.
+
+    Attributes:
+        grid: (B, K, D, H, W) on the latent grid, or None for a model without masks.
+        covariates: (B, N), NaN where nothing is known, or None for a model without any.
+    """
+
+    grid: torch.Tensor | None = None
+    covariates: torch.Tensor | None = None
+
+    def __bool__(self) -> bool:
+        """Say whether it is one, and not an unconditional model's."""
+        return self.grid is not None or self.covariates is not None
+
+    def null(self, null_value: float) -> "Condition":
+        """Return the one that says nothing: the grid holds `null_value` everywhere, every covariate is missing."""
+        return self.combined(self, lambda a, _: torch.full_like(a, null_value if a is self.grid else MISSING))
+
+    def combined(self, other: "Condition", how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> "Condition":
+        """Return the two, of one model, as one: `how` makes one tensor of theirs."""
+        pairs = (self.grid, other.grid), (self.covariates, other.covariates)
+        return Condition(*(None if a is None or b is None else how(a, b) for a, b in pairs))
+
+    def to(self, device: torch.device) -> "Condition":
+        """Return it on `device`."""
+        return self.combined(self, lambda a, _: a.to(device))
 
 
 class MaskCondition:
@@ -96,15 +130,17 @@ class PackedCondition(MaskCondition):
         return rearrange(one_hot, "b (d i) (h j) (w l) k -> b (k i j l) d h w", **dict.fromkeys("ijl", self.factor))
 
 
-def dropped(condition: torch.Tensor, probability: float, null_value: float) -> torch.Tensor:
-    """Return `condition` (B, K, D, H, W) with each volume's replaced by `null_value` everywhere with `probability`.
+def dropped(condition: Condition, probability: float, null_value: float) -> Condition:
+    """Return `condition` with each volume's, mask and covariates alike, replaced by the null with `probability`.
 
     A denoiser trained so has learnt both predictions that classifier-free guidance needs.
     """
-    if probability == 0:
+    given = condition.covariates if condition.grid is None else condition.grid
+    if probability == 0 or given is None:
         return condition
-    keep = torch.rand(len(condition), device=condition.device) >= probability
-    return torch.where(keep.view(-1, 1, 1, 1, 1), condition, torch.full_like(condition, null_value))
+    keep = torch.rand(len(given), device=given.device) >= probability
+    null = condition.null(null_value)
+    return condition.combined(null, lambda a, b: torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b))
 
 
 class NoCondition:

@@ -18,9 +18,9 @@ FLOORS = [
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
-    {"codec", "conditioning", "condition_encoder", "objectives", "samplers", "losses", "perceptual", "wavelets"}
-    | {"figures"},
-    {"networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"},
+    {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
+    | {"perceptual", "wavelets", "figures"},
+    {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
     {"checks", "norms"},
     {"readers"},

@@ -15,6 +15,8 @@ from torch import nn
 from latdiff3d.codec import LatentCodec
 from latdiff3d.condition_encoder import ConditionEncoder, with_encoder
 from latdiff3d.conditioning import MaskCondition, condition_for
+from latdiff3d.covariate_embedding import with_covariates
+from latdiff3d.covariates import Covariates
 from latdiff3d.distributed import (
     average_gradients,
     gather,
@@ -39,6 +41,8 @@ KINDS = ["kl", "vq_ema", "vq_gradient", "wavelet_kl", "wavelet_vq"]
 DDPM = (Epsilon, DDPMScheduler, {"clip_sample": False})
 # of stage 2: its objective, and its condition
 STAGE_2_KINDS = {"epsilon": (*DDPM, "none"), "flow": (Flow, RFlowScheduler, {}, "none"), "encoder": (*DDPM, "encoder")}
+STAGE_2_KINDS["covariates"] = (*DDPM, "concat")
+COVARIATES = [{"name": "age", "mean": 60, "std": 15}, {"name": "sex", "classes": ["F", "M"]}]
 CLASSES = 3
 
 
@@ -153,12 +157,17 @@ def _stage_2_gradients(kind):
     torch.manual_seed(0)
     objective, scheduler, settings, conditioning = STAGE_2_KINDS[kind]
     condition = condition_for(conditioning, CLASSES, 2)
+    num_given = 4 if conditioning == "encoder" else condition.num_channels
     unet = DiffusionModelUNet(
-        spatial_dims=3, in_channels=LATENTS + (4 if conditioning == "encoder" else 0), out_channels=LATENTS,
+        spatial_dims=3, in_channels=LATENTS + num_given, out_channels=LATENTS,
         channels=(8, 8), num_res_blocks=1, norm_num_groups=4, attention_levels=(False, True), num_head_channels=4,
     )  # fmt: skip
-    nn.init.normal_(unet.out[-1].conv.weight, std=0.1)  # at the 0 that it starts from, the others have no gradient
+    for parameter in unet.parameters():  # at the 0 that some start from, others have no gradient
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
     encoder = ConditionEncoder(condition.num_channels, 4, 8) if conditioning == "encoder" else None
+    if kind == "covariates":
+        unet = with_covariates(unet, Covariates(COVARIATES))
     denoiser = with_encoder(unet, encoder, LATENTS, condition.num_channels)
     mean, std = torch.randn(4, LATENTS, 8, 8, 8), torch.rand(4, LATENTS, 8, 8, 8)
     draws, times = [torch.randn_like(mean), torch.randn_like(mean)], torch.tensor([20, 310, 640, 970])
@@ -172,10 +181,14 @@ def _stage_2_gradients(kind):
     batch = {"mean": mean, "std": std}
     if isinstance(condition, MaskCondition):
         batch["mask"] = torch.randint(CLASSES, (4, 1, 16, 16, 16))
+    if kind == "covariates":  # nothing is known on the first rank
+        batch["covariates"] = torch.tensor([[math.nan, math.nan], [math.nan, math.nan], [63.0, 1.0], [40.0, math.nan]])
     engine = SimpleNamespace(state=SimpleNamespace(iteration=1))
     with mock.patch.object(torch, "randn_like", lambda like: next(own)):  # the posterior's draw, then the noise
         terms = step(engine, {key: value[share] for key, value in batch.items()})
-    return {"gradient": torch.cat([p.grad.flatten() for p in denoiser.parameters()]), "loss": terms["loss"]}
+    gradients = {name: p.grad for name, p in denoiser.named_parameters()}
+    assert all(gradient.any() for name, gradient in gradients.items() if "class_embedding" in name or "encoder" in name)
+    return {"gradient": torch.cat([gradient.flatten() for gradient in gradients.values()]), "loss": terms["loss"]}
 
 
 def _all_gradients():
