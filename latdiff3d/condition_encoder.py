@@ -85,6 +85,6 @@ def with_encoder(denoiser: Any, encoder: nn.Module | None, latent_channels: int,
     if found != expected:
         raise InputError(
             f"condition_encoder_def, a {type(encoder).__name__}, makes {found} of a condition on a grid of {size}; "
-            f"expected {expected}: condition_encoder_channels channels on the same grid."
+            f"expected {expected}: as many channels as encoded_channels, on the same grid."
         )
     return EncodingDenoiser(denoiser, encoder.train(is_training), latent_channels)

@@ -171,5 +171,5 @@ def condition_for(conditioning: str, num_classes: int, factor: int) -> MaskCondi
 
 
 def num_condition_channels(conditioning: str, num_classes: int, factor: int = 1) -> int:
-    """Return how many channels the condition has, which stand behind the latents in the denoiser's input."""
+    """Return how many channels the condition has; the configurations in checkpoints of earlier versions ask so."""
     return condition_for(conditioning, num_classes, factor).num_channels
