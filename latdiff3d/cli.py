@@ -56,11 +56,14 @@ def sample(
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpm_solver++, euler or heun")] = None,
     steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
     guidance: Annotated[float | None, typer.Option(help="how hard the mask pulls; default: the config's")] = None,
+    covariate: Annotated[list[str] | None, typer.Option(help="name=value, such as age=60; may be repeated")] = None,
     grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
 ) -> None:
     """Make synthetic volumes that lie on masks."""
-    run_sampling(model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings)
+    run_sampling(
+        model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate
+    )
 
 
 @app.command()
@@ -109,6 +112,7 @@ def run_sampling(
     guidance: float | None,
     sampler: str | None,
     settings: Sequence[str] | None = None,
+    covariates: Sequence[str] | None = None,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
@@ -117,6 +121,7 @@ def run_sampling(
     """
     from latdiff3d import synthesis
     from latdiff3d.config import parse_settings
+    from latdiff3d.covariates import parse_covariates
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -124,12 +129,16 @@ def run_sampling(
         raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
+    given = parse_covariates(covariates or [])
     loaded = synthesis.Model.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     if data is not None:
-        masks: list[Any] = [case["mask"] for case in synthesis.cases_of_split(loaded, data, split)]
+        cases = synthesis.cases_of_split(loaded, data, split)
+        masks: list[Any] = [case["mask"] for case in cases]
+        known = [synthesis.known_of(loaded, case) | given for case in cases]
     else:
         masks = synthesis.masks_at(mask) if mask is not None else []
-    made = list(synthesis.sample_to_folder(loaded, masks, out, num_samples, seed, whole=grid == "mask"))
+        known = [given] * max(len(masks), 1)
+    made = list(synthesis.sample_to_folder(loaded, masks, out, num_samples, seed, grid == "mask", known))
     print(f"{len(made)} synthetic cases are in {out}, such as {made[0][2][0]}")
 
 

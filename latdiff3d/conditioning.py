@@ -1,10 +1,44 @@
 """The condition lives on the latent grid: a mask becomes one-hot, then fractions of each label per latent cell."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from latdiff3d.covariates import MISSING
 from latdiff3d.errors import InputError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told of a batch beside noisy latents and times.
+
+    Attributes:
+        grid: (B, K, D, H, W) on the latent grid, or None for a model without masks.
+        covariates: (B, N), NaN where nothing is known, or None for a model without any.
+    """
+
+    grid: torch.Tensor | None = None
+    covariates: torch.Tensor | None = None
+
+    def __bool__(self) -> bool:
+        """Say whether it is one, and not an unconditional model's."""
+        return self.grid is not None or self.covariates is not None
+
+    def null(self, null_value: float) -> "Condition":
+        """Return the one that says nothing: the grid holds `null_value` everywhere, every covariate is missing."""
+        return self.combined(self, lambda a, _: torch.full_like(a, null_value if a is self.grid else MISSING))
+
+    def combined(self, other: "Condition", how: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> "Condition":
+        """Return the two, of one model, as one: `how` makes one tensor of theirs."""
+        pairs = (self.grid, other.grid), (self.covariates, other.covariates)
+        return Condition(*(None if a is None or b is None else how(a, b) for a, b in pairs))
+
+    def to(self, device: torch.device) -> "Condition":
+        """Return it on `device`."""
+        return self.combined(self, lambda a, _: a.to(device))
 
 
 class MaskCondition:
@@ -28,7 +62,7 @@ class MaskCondition:
 
     @property
     def num_channels(self) -> int:
-        """How many channels it adds to the denoiser's input."""
+        """How many channels it has."""
         return self.num_classes
 
     def __call__(self, mask: torch.Tensor) -> torch.Tensor:
@@ -67,7 +101,7 @@ class ScalarCondition(MaskCondition):
 
     @property
     def num_channels(self) -> int:
-        """How many channels it adds to the denoiser's input."""
+        """How many channels it has."""
         return 1
 
     def __call__(self, mask: torch.Tensor) -> torch.Tensor:
@@ -75,15 +109,38 @@ class ScalarCondition(MaskCondition):
         return F.avg_pool3d(self._labels(mask).float() / max(self.num_classes - 1, 1), self.factor)
 
 
-def dropped(condition: torch.Tensor, probability: float, null_value: float) -> torch.Tensor:
-    """Return `condition` (B, K, D, H, W) with each volume's replaced by `null_value` everywhere with `probability`.
+class PackedCondition(MaskCondition):
+    """The whole mask on the latent grid, for a network to encode that is trained with the denoiser.
+
+    Each cell's voxels become channels (space to depth), so that nothing is averaged away, and latent crops, dropout,
+    guidance and the latent cache treat it as any condition.
+
+    Attributes:
+        null_value: 0. No mask gives it: of each voxel's K channels one is 1.
+    """
+
+    @property
+    def num_channels(self) -> int:
+        """How many channels the encoder is given: K · f³."""
+        return self.num_classes * self.factor**3
+
+    def __call__(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return the one-hot mask (B, K · f³, D/f, H/f, W/f), the label outermost; see `MaskCondition.__call__`."""
+        one_hot = F.one_hot(self._labels(mask)[:, 0], self.num_classes).float()
+        return rearrange(one_hot, "b (d i) (h j) (w l) k -> b (k i j l) d h w", **dict.fromkeys("ijl", self.factor))
+
+
+def dropped(condition: Condition, probability: float, null_value: float) -> Condition:
+    """Return `condition` with each volume's, mask and covariates alike, replaced by the null with `probability`.
 
     A denoiser trained so has learnt both predictions that classifier-free guidance needs.
     """
-    if probability == 0:
+    given = condition.covariates if condition.grid is None else condition.grid
+    if probability == 0 or given is None:
         return condition
-    keep = torch.rand(len(condition), device=condition.device) >= probability
-    return torch.where(keep.view(-1, 1, 1, 1, 1), condition, torch.full_like(condition, null_value))
+    keep = torch.rand(len(given), device=given.device) >= probability
+    null = condition.null(null_value)
+    return condition.combined(null, lambda a, b: torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b))
 
 
 class NoCondition:
@@ -97,7 +154,7 @@ class NoCondition:
 
 
 def condition_for(conditioning: str, num_classes: int, factor: int) -> MaskCondition | NoCondition:
-    """Return the condition that the setting `conditioning` names: "concat", "scalar" or "none".
+    """Return the condition that the setting `conditioning` names: "concat", "scalar", "encoder" or "none".
 
     Raises:
         InputError: for any other name.
@@ -106,11 +163,13 @@ def condition_for(conditioning: str, num_classes: int, factor: int) -> MaskCondi
         return MaskCondition(num_classes, factor)
     if conditioning == "scalar":
         return ScalarCondition(num_classes, factor)
+    if conditioning == "encoder":
+        return PackedCondition(num_classes, factor)
     if conditioning == "none":
         return NoCondition()
-    raise InputError(f"conditioning is {conditioning!r}; expected 'concat', 'scalar' or 'none'.")
+    raise InputError(f"conditioning is {conditioning!r}; expected 'concat', 'scalar', 'encoder' or 'none'.")
 
 
-def num_condition_channels(conditioning: str, num_classes: int) -> int:
-    """Return how many channels the condition adds to the denoiser's input."""
-    return condition_for(conditioning, num_classes, factor=1).num_channels
+def num_condition_channels(conditioning: str, num_classes: int, factor: int = 1) -> int:
+    """Return how many channels the condition has; the configurations in checkpoints of earlier versions ask so."""
+    return condition_for(conditioning, num_classes, factor).num_channels

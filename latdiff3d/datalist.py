@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from latdiff3d.errors import InputError
 
-# {"case": str, "patient": str, "image": list[str], "mask": str}, and "section" until `split_cases` has used it.
+# {"case": str, "patient": str, "image": list[str], "mask": str}; "section" until `split_cases` has used it; what a
+# datalist says besides, as "covariates", until `covariates.described` has.
 Case = dict[str, Any]
 COARSE = "coarse"  # the key of a case's bool: whether of its mask no more is known than that some label is above 0
 
@@ -24,6 +25,7 @@ LAYOUTS = {
     "folders": "images/ beside masks/ or labels/",
 }
 
+_OWN_KEYS = ("image", "label", "mask", "case", "patient")  # of an entry; others are covariates
 _SECTIONS = {"training": "train", "validation": "val", "test": "test"}  # MONAI's datalist names → ours
 _PAIR_FOLDERS = ("images", "masks", "labels")
 
@@ -297,6 +299,8 @@ def _json_case(entry: dict[str, Any], where: str, root: Path, section: str, mask
     case: Case = {"case": str(entry.get("case") or volume_stem(images[0])), "section": section}
     if "patient" in entry:
         case["patient"] = str(entry["patient"])
+    if others := {key: value for key, value in entry.items() if key not in _OWN_KEYS}:
+        case["covariates"] = others
     problems = []
     case["image"] = [str(image) for image in images if image.is_file()]
     mask = _listed_mask(entry)

@@ -18,7 +18,7 @@ from latdiff3d.evaluation import ContrastAgreement, contrast_sign_agreement
 from latdiff3d.fidelity import psnr
 from latdiff3d.figures import ContactRow, contact_sheet
 from latdiff3d.phantoms import write_phantoms
-from latdiff3d.synthesis import Model, Sample, cases_of_split, sample_to_folder
+from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of, sample_to_folder
 
 OVERLAY = CONFIG_FOLDER / "demo.yaml"
 LABEL_NAMES = {1: "necrotic core", 2: "oedema", 3: "enhancing rim"}
@@ -62,8 +62,8 @@ def run_demo(data: Path | None, out: Path, overlays: Sequence[Path]) -> None:
     with _step("4/5 synthesising a volume for each held-out mask", seconds):
         model = Model.load(out / "runs" / "diffusion")
         cases = cases_of_split(model, data, "val")
-        masks = [case["mask"] for case in cases]
-        samples = [sample for _, sample, _ in sample_to_folder(model, masks, out / "synthetic")]
+        masks, known = [case["mask"] for case in cases], [known_of(model, case) for case in cases]
+        samples = [sample for _, sample, _ in sample_to_folder(model, masks, out / "synthetic", known=known)]
     with _step("5/5 comparing with the real volumes", seconds):
         text = _report(model, cases, samples, out, data, seconds)
     print("\n" + text)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from latdiff3d.conditioning import Condition
 from latdiff3d.errors import InputError
 
-# Takes noisy latents (B, C, D, H, W) and conditions (B, K, D, H, W); returns the denoiser's predictions.
-Predict = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+# Takes noisy latents (B, C, D, H, W) and their condition; returns the denoiser's predictions.
+Predict = Callable[[torch.Tensor, Condition], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Guidance:
             less; 0 ignores the condition.
         interval: noise levels σ_t, lowest and highest, within which guidance acts; outside it the scale is 1. Guidance
             at high noise costs variety and at low noise changes nothing (Kynkäänniemi et al. 2024, arXiv:2404.07724).
-        null_value: what stands in a condition that says nothing, see conditioning.py.
+        null_value: what stands in a grid that says nothing, see `conditioning.Condition.null`.
         in_sequence: call the denoiser twice instead of with a batch twice as large: half the memory.
 
     Raises:
@@ -46,24 +47,22 @@ class Guidance:
         """Say whether the null is asked too at noise level `sigma`."""
         return self.scale != 1 and self.interval[0] <= sigma <= self.interval[1]
 
-    def __call__(
-        self, predict: Predict, noisy: torch.Tensor, condition: torch.Tensor | None, sigma: float
-    ) -> torch.Tensor:
+    def __call__(self, predict: Predict, noisy: torch.Tensor, condition: Condition, sigma: float) -> torch.Tensor:
         """Return the guided prediction.
 
         Args:
             predict: of any batch.
             noisy: z_t, (B, C, D, H, W).
-            condition: (B, K, D, H, W), or None for an unconditional model, which cannot be guided.
+            condition: of the batch; that of an unconditional model, which is empty, cannot guide.
             sigma: σ_t, the share of noise in z_t, 0 … 1.
         """
-        if condition is None or not self.acts(sigma):
+        if not condition or not self.acts(sigma):
             return predict(noisy, condition)
-        null = torch.full_like(condition, self.null_value)
+        null = condition.null(self.null_value)
         if self.in_sequence:
             with_condition, without = predict(noisy, condition), predict(noisy, null)
         else:
-            both = predict(torch.cat([noisy, noisy]), torch.cat([condition, null]))
+            both = predict(torch.cat([noisy, noisy]), condition.combined(null, lambda a, b: torch.cat([a, b])))
             with_condition, without = both.chunk(2)
         return without + self.scale * (with_condition - without)
 
@@ -79,7 +78,7 @@ def guidance_for(
     if scale != 1 and condition_dropout == 0:
         raise InputError(
             f"guidance is {scale}, but this model is unconditional or was trained with condition_dropout 0, and cannot "
-            "say what it would predict without its mask; leave guidance at 1, or train with condition_dropout=0.1."
+            "say what it would predict without its condition; leave guidance at 1, or train with condition_dropout=0.1."
         )
     low, high = interval
     return Guidance(scale, (low, high), null_value, in_sequence)

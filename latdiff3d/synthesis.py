@@ -13,8 +13,9 @@ from monai.transforms import Compose
 
 from latdiff3d import checkpoints
 from latdiff3d.compilation import compiled
-from latdiff3d.conditioning import MaskCondition
+from latdiff3d.conditioning import Condition, MaskCondition
 from latdiff3d.config import check_settings, refuse_unknown_keys
+from latdiff3d.covariates import SPACING, Covariates
 from latdiff3d.devices import device
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
@@ -45,11 +46,13 @@ class Sample:
         volume: (C, D, H, W) in [0, 1], on the model's grid.
         affine: (4, 4), voxel to RAS mm, of the model's grid.
         grid: the mask it was made for, or None.
+        known: the covariates it was made for by name, None where nothing is known.
     """
 
     volume: torch.Tensor
     affine: np.ndarray
     grid: ModelGrid | None
+    known: dict[str, Any]
 
     def on_mask_grid(self) -> tuple[np.ndarray, np.ndarray]:
         """Return volume (C, D, H, W) and affine on the mask file's own grid, 0 where that is larger than the crop."""
@@ -73,6 +76,7 @@ class Model:
     crop_to: list[int]
     modalities: list[str]
     spacing_mm: list[float]
+    covariates: Covariates
 
     @classmethod
     def load(
@@ -143,6 +147,8 @@ class Model:
             list(parser["crop_to"]),
             list(parser["modalities"]),
             list(content["notes"]["spacing_mm"]),
+            # A checkpoint of an earlier version has none.
+            parser.get_parsed_content("known_covariates") if "covariates" in parser.get() else Covariates(),
         )
 
     @property
@@ -164,25 +170,44 @@ class Model:
             )
         return None if mask is None else mask_on_model_grid(mask, self.preprocessing, self.crop_to)
 
-    def sample(self, mask: str | Path | None, seed: int) -> Sample:
-        """Return a synthetic volume, which depends on `seed` and `mask` alone.
-
-        Args:
-            mask: a NIfTI file; None for an unconditional model.
-            seed: of the noise.
+    def numbers_of(self, known: Mapping[str, Any], grid: ModelGrid | None) -> torch.Tensor:
+        """Return covariates by name as numbers (N,), NaN where nothing is known; the spacing is that of the volume.
 
         Raises:
-            InputError: see `grid_of`.
+            InputError: for a covariate that it does not have, a value that is none, or another spacing than the mask's.
+        """
+        self.covariates.refuse_unknown(known, "--covariate")
+        if grid is None:
+            return self.covariates.numbers({SPACING: self.spacing_mm} | dict(known), "--covariate")
+        if known.get(SPACING):
+            raise InputError(f"--covariate: spacing is {known[SPACING]!r}, and a mask has its own; leave spacing out.")
+        spacing_mm = np.linalg.norm(np.asarray(grid.mask.affine)[:3, :3], axis=0).tolist()
+        return self.covariates.numbers({**known, SPACING: spacing_mm}, "--covariate")
+
+    def sample(self, mask: str | Path | None, seed: int, known: Mapping[str, Any] | None = None) -> Sample:
+        """Return a synthetic volume, which depends on `seed`, `mask` and `known` alone.
+
+        Args:
+            mask: a NIfTI file; None for a model without masks.
+            seed: of the noise.
+            known: covariates by name, as numbers, classes, or text of either; those left out are not known.
+
+        Raises:
+            InputError: see `grid_of` and `numbers_of`.
         """
         grid = self.grid_of(mask)
+        numbers = self.numbers_of(known or {}, grid)
+        said = self.covariates.values(numbers)
+        covariates = numbers[None] if len(self.covariates) else None
         factor = downsampling(self.synthesizer.codec.autoencoder)
         shape = (len(self.synthesizer.codec.latent_mean), *(size // factor for size in self.crop_to))
         if grid is None:
-            volume = self.synthesizer.sample(shape, None, [seed])[0]
-            return Sample(volume.cpu(), centred_affine(self.crop_to, self.spacing_mm), None)
-        condition = self.synthesizer.condition(grid.mask.as_tensor()[None])
+            volume = self.synthesizer.sample(shape, Condition(None, covariates), [seed])[0]
+            affine = centred_affine(self.crop_to, said.get(SPACING) or self.spacing_mm)
+            return Sample(volume.cpu(), affine, None, said)
+        condition = Condition(self.synthesizer.condition(grid.mask.as_tensor()[None]), covariates)
         volume = self.synthesizer.sample(shape, condition, [seed])[0]
-        return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid)
+        return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid, said)
 
 
 def sample_to_folder(
@@ -192,6 +217,7 @@ def sample_to_folder(
     num_samples: int = 1,
     seed: int = 0,
     whole: bool = True,
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[tuple[str, Sample, list[Path]]]:
     """Write `num_samples` volumes for each mask, or in all for an unconditional model.
 
@@ -202,26 +228,28 @@ def sample_to_folder(
         num_samples: the k-th has seed + k.
         seed: of the first.
         whole: write on the mask file's own grid; else on the model's, the crop alone.
+        known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
 
     Yields:
         case, sample and its files, as they are written.
 
     Raises:
-        InputError: two masks of one name, or what `Model.grid_of` refuses, before any volume is made.
+        InputError: two masks of one name, or what `Model.grid_of` and `numbers_of` refuse, before any volume is made.
     """
     named = {case_name(mask): mask for mask in masks}
     if len(named) != len(masks):
         raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
     digest = checkpoints.sha256(model.path)
     jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
-    for _, mask in jobs:
-        model.grid_of(mask)
+    covariates = known or [{}] * len(jobs)
+    for (_, mask), given in zip(jobs, covariates, strict=True):
+        model.numbers_of(given, model.grid_of(mask))
     Path(out).mkdir(parents=True, exist_ok=True)
     with progress_bar(total=len(jobs) * num_samples, desc="sampling", unit="volume") as bar:
-        for case, mask in jobs:
+        for (case, mask), given in zip(jobs, covariates, strict=True):
             for k in range(num_samples):
                 name = case if num_samples == 1 and mask is not None else f"{case}_seed{seed + k:04d}"
-                sample = model.sample(mask, seed + k)
+                sample = model.sample(mask, seed + k, given)
                 on_mask = sample.grid is not None and whole
                 volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
                 provenance = {
@@ -233,6 +261,7 @@ def sample_to_folder(
                     "Eta": model.synthesizer.eta,
                     "Guidance": model.synthesizer.guidance.scale,
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
+                    "Covariates": sample.known,
                     "Units": "normalised intensity, 0 to 1",
                 }
                 labels = read_mask(mask)[0] if mask is not None and on_mask else None
@@ -277,3 +306,9 @@ def _check_mask_mode(chosen: Mapping[str, Any], trained: Mapping[str, Any], path
             f"mask_mode is {chosen['mask_mode']!r}, and {path} was trained on {there} masks alone; leave it out, or "
             "use a model that num_fine_cases trained on both."
         )
+
+
+def known_of(model: Model, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a case of `cases_of_split` says of its covariates by name; its mask says the spacing."""
+    said = model.covariates.values(case["covariates"]) if len(model.covariates) else {}
+    return {name: value for name, value in said.items() if name != SPACING}

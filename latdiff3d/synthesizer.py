@@ -9,12 +9,12 @@ from torch import nn
 
 from latdiff3d import samplers
 from latdiff3d.codec import LatentCodec
-from latdiff3d.conditioning import MaskCondition, NoCondition
+from latdiff3d.conditioning import Condition, MaskCondition, NoCondition
 from latdiff3d.devices import autocast
 from latdiff3d.guidance import Guidance
 from latdiff3d.noise_schedules import schedule_of
 from latdiff3d.objectives import Objective, check_objective
-from latdiff3d.training import latent_batch, with_condition
+from latdiff3d.training import latent_batch, predicted
 
 
 @dataclass
@@ -62,24 +62,24 @@ class Synthesizer:
         return self.sample(mean.shape[1:], condition, [seed] * len(mean))
 
     @torch.no_grad()
-    def sample(self, shape: Sequence[int], condition: torch.Tensor | None, seeds: Sequence[int]) -> torch.Tensor:
+    def sample(self, shape: Sequence[int], condition: Condition, seeds: Sequence[int]) -> torch.Tensor:
         """Return one volume a seed, (B, C, D, H, W) in [0, 1].
 
         Args:
             shape: of one volume's latents, (C', D/f, H/f, W/f).
-            condition: (B, K, D/f, H/f, W/f) on any device, or None for an unconditional model.
+            condition: of B volumes, on any device; an unconditional model's is empty.
             seeds: one a volume; its noise depends on it alone.
         """
         self.denoiser.eval()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
-        condition = None if condition is None else condition.to(self.device)
+        condition = condition.to(self.device)
 
         def split(z: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-            def predict(noisy: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+            def predict(noisy: torch.Tensor, given: Condition) -> torch.Tensor:
                 timesteps = torch.full((len(noisy),), t, device=noisy.device)
                 with autocast(self.device, self.precision):
-                    return self.denoiser(with_condition(noisy, given), timesteps).float()
+                    return predicted(self.denoiser, noisy, timesteps, given).float()
 
             alpha, sigma = (level.to(z) for level in self.schedule.alpha_sigma(torch.tensor(t, device=z.device)))
             return self.objective.split(self.guidance(predict, z, condition, sigma.item()), z, alpha, sigma)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from latdiff3d.codec import LatentCodec
-from latdiff3d.conditioning import MaskCondition, NoCondition, dropped
+from latdiff3d.conditioning import Condition, MaskCondition, NoCondition, dropped
 from latdiff3d.devices import autocast
 from latdiff3d.distributed import mean_over_ranks, num_ranks, rank
 from latdiff3d.losses import AutoencoderLoss, discriminator_loss, masked_psnr, volume_l1
@@ -121,8 +121,8 @@ class DiffusionStep:
     """A regression on latents: noise them to a random time and ask the denoiser what `objective` wants.
 
     A batch holds `mean` and `std`, moments of the normalised posterior (see latents.py), or `image`, which is then
-    encoded here; beside them `mask`, for a conditioned model, which each volume loses with probability
-    `condition_dropout`. `accumulate_grad_batches` batches share an update.
+    encoded here; beside them `mask` and `covariates` (B, N), for a model conditioned on them, which each volume loses
+    together with probability `condition_dropout`. `accumulate_grad_batches` batches share an update.
     """
 
     denoiser: nn.Module
@@ -148,8 +148,7 @@ class DiffusionStep:
         """Update the weights and return the loss, its mean over the ranks."""
         self.denoiser.train()
         mean, std, condition = latent_batch(batch, self.codec, self.condition, self.device)
-        if condition is not None:
-            condition = dropped(condition, self.condition_dropout, self.condition.null_value)
+        condition = dropped(condition, self.condition_dropout, self.condition.null_value)
         latents = mean + std * torch.randn_like(std)
         noise = torch.randn_like(latents)
         timesteps = self.schedule.draw(len(latents), self.time_distribution, self.device)
@@ -205,19 +204,31 @@ class DiffusionValidation:
 
 def latent_batch(
     batch: Batch, codec: LatentCodec, condition: MaskCondition | NoCondition, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     """Return posterior mean, std and condition of a batch, from the cache's entries or by encoding its images."""
     if "mean" in batch:
         mean, std = to_device(device, batch["mean"], batch["std"])
     else:
         [image] = to_device(device, batch["image"])
         mean, std = codec.encode(image)
-    return mean, std, condition(*to_device(device, batch["mask"])) if "mask" in batch else None
+    grid = condition(*to_device(device, batch["mask"])) if "mask" in batch else None
+    covariates = to_device(device, batch["covariates"])[0] if "covariates" in batch else None
+    return mean, std, Condition(grid, covariates)
 
 
-def with_condition(latents: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-    """Return the denoiser's input (B, C + K, D, H, W): the noisy latents and, behind them, the condition."""
-    return latents if condition is None else torch.cat([latents, condition.to(latents)], dim=1)
+def predicted(
+    denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
+) -> torch.Tensor:
+    """Return the denoiser's prediction (B, C, D, H, W) of noisy latents of that shape at `timesteps` (B,)."""
+    x = with_condition(noisy, condition.grid)  # (B, C + K, D, H, W)
+    if condition.covariates is None:
+        return denoiser(x, timesteps)
+    return denoiser(x, timesteps, class_labels=condition.covariates)  # MONAI's name of what joins the time
+
+
+def with_condition(latents: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+    """Return the denoiser's input (B, C + K, D, H, W): the noisy latents and, behind them, the condition's grid."""
+    return latents if grid is None else torch.cat([latents, grid.to(latents)], dim=1)
 
 
 def diffusion_loss(
@@ -226,13 +237,13 @@ def diffusion_loss(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    condition: torch.Tensor | None,
+    condition: Condition,
 ) -> torch.Tensor:
     """Return the mean squared error (B,) of the denoiser at `timesteps` (B,)."""
     alpha, sigma = (level.to(latents).view(-1, 1, 1, 1, 1) for level in how.schedule.alpha_sigma(timesteps))
     noisy = alpha * latents + sigma * noise
     with autocast(how.device, how.precision):
-        prediction = denoiser(with_condition(noisy, condition), timesteps)  # (B, C, D, H, W)
+        prediction = predicted(denoiser, noisy, timesteps, condition)  # (B, C, D, H, W)
     target = how.objective.target(latents, noise, alpha, sigma)
     return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3, 4))
 

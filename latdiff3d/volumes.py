@@ -107,14 +107,15 @@ def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 def median_spacing_mm(cases: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the median voxel size of the cases' first images, in RAS axis order, in mm; header reads only."""
-    spacings = []
-    for case in cases:
-        affine = read_header(case["image"][0]).affine
-        order = nib.orientations.io_orientation(affine)[:, 0].astype(int)
-        spacing = np.empty(3)
-        spacing[order] = nib.affines.voxel_sizes(affine)
-        spacings.append(spacing)
-    return [float(value) for value in np.median(spacings, axis=0)]
+    return [float(value) for value in np.median([spacing_mm_of(case["image"][0]) for case in cases], axis=0)]
+
+
+def spacing_mm_of(path: str) -> np.ndarray:
+    """Return a file's voxel size (3,), in RAS axis order, in mm, from its header."""
+    affine = read_header(path).affine
+    spacing = np.empty(3)
+    spacing[nib.orientations.io_orientation(affine)[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
+    return spacing
 
 
 def centred_affine(shape: Sequence[int], spacing_mm: Sequence[float]) -> np.ndarray:

@@ -19,9 +19,10 @@ FLOORS = [
     | {"mask_fidelity", "interruption"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
-    {"codec", "conditioning", "objectives", "samplers", "losses", "perceptual", "wavelets", "figures"},
-    {"coarse_masks", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
-    | {"updates"},
+    {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
+    | {"perceptual", "wavelets", "figures"},
+    {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
+    | {"coarse_masks", "updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
     {"checks", "norms", "batches"},
     {"readers"},

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from einops import rearrange
 
-from latdiff3d.conditioning import MaskCondition, NoCondition, ScalarCondition, condition_for, num_condition_channels
+from latdiff3d.conditioning import (
+    MaskCondition,
+    NoCondition,
+    PackedCondition,
+    ScalarCondition,
+    condition_for,
+    num_condition_channels,
+)
 from latdiff3d.errors import InputError
 
 
@@ -71,6 +79,29 @@ def test_scalar_refuses_unknown_labels_too():
         ScalarCondition(3, 2)(torch.full((1, 1, 4, 4, 4), 3.0))
 
 
+def test_packing_loses_nothing():
+    mask = random_mask()
+    packed = condition_for("encoder", 4, 4)(mask)
+    assert packed.shape == (2, num_condition_channels("encoder", 4, 4), 2, 3, 4) == (2, 4 * 64, 2, 3, 4)
+    one_hot = rearrange(packed, "b (k i j l) d h w -> b k (d i) (h j) (w l)", i=4, j=4, l=4)
+    assert torch.equal(one_hot.argmax(1, keepdim=True), mask.long())
+
+
+def test_a_packed_windows_condition_is_the_window_of_the_condition():
+    mask, condition = random_mask(), PackedCondition(4, 4)
+    assert torch.equal(condition(mask[..., 4:12]), condition(mask)[..., 1:3])
+
+
+def test_no_mask_packs_to_the_null():
+    packed = PackedCondition(4, 4)(torch.zeros(1, 1, 4, 4, 4))
+    assert packed.sum(1).item() == 64 > PackedCondition.null_value * 256
+
+
+def test_packing_refuses_unknown_labels_too():
+    with pytest.raises(InputError, match="expected 0 to 2 after mapping"):
+        PackedCondition(3, 2)(torch.full((1, 1, 4, 4, 4), 3.0))
+
+
 def test_another_conditioning_is_refused():
-    with pytest.raises(InputError, match="conditioning is 'concatt'; expected 'concat', 'scalar' or 'none'"):
+    with pytest.raises(InputError, match="conditioning is 'concatt'; expected 'concat', 'scalar', 'encoder' or 'none'"):
         condition_for("concatt", 4, 4)

@@ -13,7 +13,10 @@ from torch import distributed as dist
 from torch import nn
 
 from latdiff3d.codec import LatentCodec
-from latdiff3d.conditioning import NoCondition
+from latdiff3d.condition_encoder import ConditionEncoder, with_encoder
+from latdiff3d.conditioning import MaskCondition, condition_for
+from latdiff3d.covariate_embedding import with_covariates
+from latdiff3d.covariates import Covariates
 from latdiff3d.distributed import (
     average_gradients,
     gather,
@@ -35,7 +38,12 @@ from latdiff3d.wavelets import WaveletAutoencoder
 
 LATENTS = 2
 KINDS = ["kl", "vq_ema", "vq_gradient", "wavelet_kl", "wavelet_vq"]
-OBJECTIVES = {"epsilon": (Epsilon, DDPMScheduler, {"clip_sample": False}), "flow": (Flow, RFlowScheduler, {})}
+DDPM = (Epsilon, DDPMScheduler, {"clip_sample": False})
+# of stage 2: its objective, and its condition
+STAGE_2_KINDS = {"epsilon": (*DDPM, "none"), "flow": (Flow, RFlowScheduler, {}, "none"), "encoder": (*DDPM, "encoder")}
+STAGE_2_KINDS["covariates"] = (*DDPM, "concat")
+COVARIATES = [{"name": "age", "mean": 60, "std": 15}, {"name": "sex", "classes": ["F", "M"]}]
+CLASSES = 3
 
 
 # Sums and means
@@ -147,29 +155,45 @@ def _gradients(kind):
 def _stage_2_gradients(kind):
     """One step of stage 2 on this rank's share of four volumes' latents, noise and times; its gradient and loss."""
     torch.manual_seed(0)
-    objective, scheduler, settings = OBJECTIVES[kind]
-    denoiser = DiffusionModelUNet(
-        spatial_dims=3, in_channels=LATENTS, out_channels=LATENTS, channels=(8, 8), num_res_blocks=1,
-        norm_num_groups=4, attention_levels=(False, True), num_head_channels=4,
+    objective, scheduler, settings, conditioning = STAGE_2_KINDS[kind]
+    condition = condition_for(conditioning, CLASSES, 2)
+    num_given = 4 if conditioning == "encoder" else condition.num_channels
+    unet = DiffusionModelUNet(
+        spatial_dims=3, in_channels=LATENTS + num_given, out_channels=LATENTS,
+        channels=(8, 8), num_res_blocks=1, norm_num_groups=4, attention_levels=(False, True), num_head_channels=4,
     )  # fmt: skip
-    nn.init.normal_(denoiser.out[-1].conv.weight, std=0.1)  # at the 0 that it starts from, the others have no gradient
+    for parameter in unet.parameters():  # at the 0 that some start from, others have no gradient
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    encoder = ConditionEncoder(condition.num_channels, 4, 8) if conditioning == "encoder" else None
+    if kind == "covariates":
+        unet = with_covariates(unet, Covariates(COVARIATES))
+    denoiser = with_encoder(unet, encoder, LATENTS, condition.num_channels)
     mean, std = torch.randn(4, LATENTS, 8, 8, 8), torch.rand(4, LATENTS, 8, 8, 8)
     draws, times = [torch.randn_like(mean), torch.randn_like(mean)], torch.tensor([20, 310, 640, 970])
     share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2) if num_ranks() > 1 else slice(None)
     step = DiffusionStep(
-        denoiser, LatentCodec(nn.Identity(), LATENTS), NoCondition(), scheduler(1000, **settings), objective(),
+        denoiser, LatentCodec(nn.Identity(), LATENTS), condition, scheduler(1000, **settings), objective(),
         _Kept(denoiser.parameters()), torch.device("cpu"), "fp32", max_grad_norm=math.inf, min_snr_gamma=5.0,
     )  # fmt: skip
     step.schedule.draw = lambda num, distribution, device: times[share]
     own = iter([draw[share] for draw in draws])
+    batch = {"mean": mean, "std": std}
+    if isinstance(condition, MaskCondition):
+        batch["mask"] = torch.randint(CLASSES, (4, 1, 16, 16, 16))
+    if kind == "covariates":  # nothing is known on the first rank
+        batch["covariates"] = torch.tensor([[math.nan, math.nan], [math.nan, math.nan], [63.0, 1.0], [40.0, math.nan]])
+    engine = SimpleNamespace(state=SimpleNamespace(iteration=1))
     with mock.patch.object(torch, "randn_like", lambda like: next(own)):  # the posterior's draw, then the noise
-        terms = step(SimpleNamespace(state=SimpleNamespace(iteration=1)), {"mean": mean[share], "std": std[share]})
-    return {"gradient": torch.cat([p.grad.flatten() for p in denoiser.parameters()]), "loss": terms["loss"]}
+        terms = step(engine, {key: value[share] for key, value in batch.items()})
+    gradients = {name: p.grad for name, p in denoiser.named_parameters()}
+    assert all(gradient.any() for name, gradient in gradients.items() if "class_embedding" in name or "encoder" in name)
+    return {"gradient": torch.cat([gradient.flatten() for gradient in gradients.values()]), "loss": terms["loss"]}
 
 
 def _all_gradients():
     stage_1 = {kind: _gradients(kind) for kind in KINDS}
-    return stage_1 | {kind: _stage_2_gradients(kind) for kind in OBJECTIVES}
+    return stage_1 | {kind: _stage_2_gradients(kind) for kind in STAGE_2_KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +215,7 @@ def test_two_ranks_have_the_gradients_of_one_with_the_joint_batch(rank_gradients
         assert torch.allclose(ours["book"], joint["book"], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("kind", STAGE_2_KINDS)
 def test_two_ranks_have_stage_2s_gradients_of_one_with_the_joint_batch(rank_gradients, kind):
     joint = _stage_2_gradients(kind)
     assert joint["gradient"].norm() > 0

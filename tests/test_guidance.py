@@ -5,7 +5,7 @@ import torch
 from conftest import run_here
 from monai.networks.nets import DiffusionModelUNet
 
-from latdiff3d.conditioning import MaskCondition, ScalarCondition, dropped
+from latdiff3d.conditioning import Condition, MaskCondition, ScalarCondition, dropped
 from latdiff3d.errors import InputError
 from latdiff3d.guidance import Guidance, guidance_for
 
@@ -14,7 +14,11 @@ CLASSES, CHANNELS = 3, 2
 
 def fractions(count=2):
     mask = torch.randint(CLASSES, (count, 1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
-    return MaskCondition(CLASSES, 2)(mask)
+    return Condition(MaskCondition(CLASSES, 2)(mask))
+
+
+def said(count=2):
+    return torch.arange(2.0 * count).view(count, 2)
 
 
 def noisy(count=2):
@@ -29,13 +33,13 @@ class Counted:
 
     def __call__(self, z, condition):
         self.batches.append(len(z))
-        return z + condition.mean(dim=(1, 2, 3, 4), keepdim=True)
+        return z + condition.grid.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
 def test_the_prediction_is_extrapolated_from_the_null():
     condition, z = fractions(), noisy()
     guided = Guidance(3.0)(Counted(), z, condition, 0.5)
-    assert torch.allclose(guided, z + 3 * condition.mean(dim=(1, 2, 3, 4), keepdim=True), atol=1e-5)
+    assert torch.allclose(guided, z + 3 * condition.grid.mean(dim=(1, 2, 3, 4), keepdim=True), atol=1e-5)
 
 
 def test_scale_0_is_the_null_and_scale_1_the_denoisers_own():
@@ -72,7 +76,7 @@ def test_batched_and_in_sequence_agree():
         torch.nn.init.normal_(parameter)
 
     def predict(z, condition):
-        return unet(torch.cat([z, condition], 1), torch.full((len(z),), 500))
+        return unet(torch.cat([z, condition.grid], 1), torch.full((len(z),), 500))
 
     with torch.no_grad():
         batched, in_sequence, own = (
@@ -90,15 +94,15 @@ def test_an_unconditional_model_is_asked_once():
         predict_calls.append(condition)
         return z
 
-    Guidance(2.0)(predict, noisy(), None, 0.5)
-    assert predict_calls == [None]
+    Guidance(2.0)(predict, noisy(), Condition(), 0.5)
+    assert predict_calls == [Condition()]
 
 
 # Dropout
 
 
 def test_no_mask_is_the_null():
-    assert torch.allclose(fractions().sum(1), torch.ones(1)) and MaskCondition.null_value == 0
+    assert torch.allclose(fractions().grid.sum(1), torch.ones(1)) and MaskCondition.null_value == 0
     assert ScalarCondition(CLASSES, 2)(torch.zeros(1, 1, 4, 4, 4)).min() == 0 > ScalarCondition.null_value
 
 
@@ -109,16 +113,31 @@ def test_the_null_is_the_conditions_own():
         seen.append(condition)
         return z
 
-    Guidance(2.0, null_value=-1.0)(predict, noisy(), fractions(), 0.5)
-    assert torch.equal(seen[0][:2], fractions()) and (seen[0][2:] == -1).all()
-    assert (dropped(fractions(), 0.999999, -1.0) == -1).all()
+    condition = Condition(fractions().grid, said())
+    Guidance(2.0, null_value=-1.0)(predict, noisy(), condition, 0.5)
+    assert torch.equal(seen[0].grid[:2], condition.grid) and (seen[0].grid[2:] == -1).all()
+    assert torch.equal(seen[0].covariates[:2], said()) and seen[0].covariates[2:].isnan().all()
+    lost = dropped(condition, 0.999999, -1.0)
+    assert (lost.grid == -1).all() and lost.covariates.isnan().all()
+
+
+def test_covariates_alone_guide_too_batched_and_in_sequence():
+    def predict(z, condition):
+        return z + condition.covariates.nan_to_num(nan=-1.0).sum(1).view(-1, 1, 1, 1, 1)
+
+    for in_sequence in (False, True):
+        guided = Guidance(3.0, in_sequence=in_sequence)(predict, noisy(), Condition(None, said()), 0.5)
+        expected = noisy() - 2 + 3 * (said().sum(1) + 2).view(-1, 1, 1, 1, 1)
+        assert torch.allclose(guided, expected, atol=1e-5)
 
 
 def test_volumes_lose_their_conditions_one_by_one_at_the_rate_that_is_asked():
     torch.manual_seed(0)
-    condition = fractions(1).expand(4000, -1, -1, -1, -1)
-    lost = (dropped(condition, 0.1, 0.0) == 0).flatten(1).all(1)
-    kept = (dropped(condition, 0.1, 0.0) == condition).flatten(1).all(1)
+    grid = fractions(1).grid.expand(4000, -1, -1, -1, -1)
+    left = dropped(Condition(grid, torch.ones(4000, 1)), 0.1, 0.0)
+    lost, kept = (left.grid == 0).flatten(1).all(1), (left.grid == grid).flatten(1).all(1)
+    assert torch.equal(lost, left.covariates[:, 0].isnan())  # both go together
+    assert torch.equal(lost, ~kept)
     assert 0.08 < lost.float().mean() < 0.12 and 0.88 < kept.float().mean() < 0.92
 
 

@@ -177,12 +177,16 @@ def test_every_flip_is_drawn_and_its_mask_with_it(cached):
 
 @pytest.mark.parametrize("condition", [MaskCondition(3, FACTOR), NoCondition()], ids=["concat", "none"])
 def test_a_cached_batch_is_the_batch_encoded_on_the_fly(tmp_path, splits, codec, condition):
-    cases = [{**case, "image": case["image"]} for case in splits["train"]]
+    cases = [{**case, "covariates": torch.tensor([float(n)])} for n, case in enumerate(splits["train"])]
     images = DataLoader(on_the_fly(cases, random=False), batch_size=3)
     transforms = Compose([*preprocessing().transforms, ForegroundCropd(KEYS, "image", CROP)])
     # Volumes of one crop: there the windows are the volumes, and a window's surroundings are no part of its latents.
     entries = built(tmp_path / "cache", splits, codec, transforms)
     latents = DataLoader(LatentCrops(cases, entries, CROP), batch_size=3)
     fresh, cached = (latent_batch(next(iter(loader)), codec, condition, CPU) for loader in (images, latents))
-    for one, other in zip(fresh, cached, strict=True):
-        assert (one is None and other is None) or torch.allclose(one, other, atol=1e-5)
+    for one, other in zip(fresh[:2], cached[:2], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    if isinstance(condition, MaskCondition):
+        assert torch.equal(fresh[2].grid, cached[2].grid)
+    assert torch.equal(fresh[2].covariates, torch.tensor([[0.0], [1.0], [2.0]]))
+    assert torch.equal(cached[2].covariates, fresh[2].covariates)

@@ -1,6 +1,7 @@
 """Each kind of stage 2 trains and samples through the bundle by its overlay, and runs in MONAI's own inferer."""
 
 import json
+import math
 from dataclasses import replace
 
 import nibabel
@@ -12,10 +13,15 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from latdiff3d import samplers
+from latdiff3d.conditioning import Condition
+from latdiff3d.covariates import Covariates
 from latdiff3d.guidance import Guidance
 from latdiff3d.synthesis import Model
 
-OVERLAYS = {"flow": ["flow.yaml"], "v_prediction": ["v_prediction.yaml"]}
+OVERLAYS = {"flow": ["flow.yaml"], "v_prediction": ["v_prediction.yaml"], "encoder": ["condition_encoder.yaml"]}
+COVARIATES = (
+    "covariates=[{name: age, mean: 60, std: 15}, {name: sex, classes: [F, M]}, {name: spacing, mean: 1, std: 1}]"
+)
 SETTINGS = {
     "unconditional": ["conditioning=none"],
     "scalar": ["conditioning=scalar"],
@@ -37,6 +43,11 @@ def trained(kind, tiny_runs, logdir):
     return logdir / kind
 
 
+@pytest.fixture(scope="module")
+def encoder(tiny_runs, tmp_path_factory):
+    return trained("encoder", tiny_runs, tmp_path_factory.mktemp("encoder"))
+
+
 @pytest.mark.parametrize("kind", [*OVERLAYS, *SETTINGS])
 def test_every_kind_trains_and_samples(kind, tiny_runs, tmp_path):
     run = trained(kind, tiny_runs, tmp_path)
@@ -50,11 +61,15 @@ def test_every_kind_trains_and_samples(kind, tiny_runs, tmp_path):
 
 
 def synthesizer_of(run):
-    """Return a run's synthesizer in float32, its denoiser's last layer no longer at the 0 that it starts from."""
+    """Return a run's synthesizer in float32, its denoiser's layers no longer near the 0 that some start from."""
     synthesizer = Model.load(run).synthesizer
     synthesizer.precision = synthesizer.codec.precision = "fp32"
     torch.manual_seed(0)
-    nn.init.normal_(synthesizer.denoiser.out[-1].conv.weight, std=0.05)
+    unet = getattr(synthesizer.denoiser, "denoiser", synthesizer.denoiser)
+    nn.init.normal_(unet.out[-1].conv.weight, std=0.05)
+    for name, parameter in unet.named_parameters():
+        if name.endswith("conv2.conv.weight"):
+            nn.init.normal_(parameter, std=0.05)
     return synthesizer
 
 
@@ -71,7 +86,7 @@ def test_monais_inferer_samples_flow_as_we_do(flow, scale):
     synthesizer.solve = samplers.euler
     condition = conditions(synthesizer)
     shape = (4, 8, 8, 8)
-    ours = synthesizer.sample(shape, condition, [3, 4])
+    ours = synthesizer.sample(shape, Condition(condition), [3, 4])
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
     scheduler = synthesizer.noise_schedule
     scheduler.set_timesteps(5)
@@ -85,14 +100,17 @@ def test_monais_inferer_samples_flow_as_we_do(flow, scale):
 
 
 @pytest.mark.parametrize(("sampler", "scheduler_type"), [("ddim", DDIMScheduler), ("ddpm", DDPMScheduler)])
-def test_monais_inferer_samples_diffusion_as_we_do_where_it_takes_all_times(sampler, scheduler_type, tiny_runs):
+@pytest.mark.parametrize("kind", ["concat", "encoder"])
+def test_monais_inferer_samples_diffusion_as_we_do_where_it_takes_all_times(
+    kind, sampler, scheduler_type, tiny_runs, encoder
+):
     settings = {"schedule": "scaled_linear_beta", "beta_start": 0.05, "beta_end": 0.6, "clip_sample": False}
-    trained, guidance = synthesizer_of(tiny_runs.diffusion), Guidance(2.0)
+    trained, guidance = synthesizer_of(encoder if kind == "encoder" else tiny_runs.diffusion), Guidance(2.0)
     synthesizer = replace(
         trained, noise_schedule=DDPMScheduler(20, **settings), num_steps=20, sampler=sampler, guidance=guidance
     )
     condition, shape = conditions(synthesizer, 1), (4, 8, 8, 8)
-    ours = synthesizer.sample(shape, condition, [3])
+    ours = synthesizer.sample(shape, Condition(condition), [3])
     torch.manual_seed(3)  # of one volume, MONAI draws what we do: its noise, then that of each step
     scheduler = scheduler_type(20, **settings)
     theirs = LatentDiffusionInferer(scheduler, scale_factor=1.0).sample(
@@ -121,6 +139,162 @@ def test_monais_inferer_asks_the_denoiser_what_training_asks(kind, tiny_runs, fl
         alpha, sigma = (v.float().view(-1, 1, 1, 1, 1) for v in synthesizer.schedule.alpha_sigma(timesteps))
         ours = synthesizer.denoiser(torch.cat([alpha * latents + sigma * noise, condition], 1), timesteps)
     assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+# Covariates
+
+
+@pytest.fixture(scope="module")
+def datalist(tiny_runs, tmp_path_factory):
+    """Return a JSON datalist of the phantoms that says ages and sexes, not all of them."""
+    entries = []
+    for number, folder in enumerate(sorted(path for path in tiny_runs.data.iterdir() if path.is_dir())):
+        images = [str(folder / f"{folder.name}_{part}.nii.gz") for part in ("flair", "t1", "t1ce", "t2")]
+        mask, said = str(folder / f"{folder.name}_seg.nii.gz"), {"age": 50 + 5 * number, "sex": "FM"[number % 2]}
+        entry = {"case": folder.name, "image": images, "mask": mask, "fold": number}
+        entries.append(entry | (said if number != 1 else {}))
+    file = tmp_path_factory.mktemp("datalist") / "datalist.json"
+    file.write_text(json.dumps({"training": entries[:4], "validation": entries[4:]}))
+    return file
+
+
+def described(datalist, tiny_runs, logdir, *words):
+    settings = {"first_stage": str(tiny_runs.autoencoder)}
+    ended = train_here("diffusion", datalist, logdir, "described", *words, **settings)
+    assert ended.code == 0, ended.err
+    return logdir / "described", ended.out
+
+
+@pytest.fixture(scope="module")
+def classes(datalist, tiny_runs, tmp_path_factory):
+    """Return a run by configs/covariates.yaml, without masks, and what it said."""
+    overlay = ["--config", REPOSITORY / "configs" / "covariates.yaml"]
+    return described(datalist, tiny_runs, tmp_path_factory.mktemp("classes"), *overlay)
+
+
+def test_classes_and_numbers_train_and_sample_without_masks(classes, tmp_path):
+    run, said = classes
+    assert "known of 4 training cases: age of 3, sex of 3" in said
+    words = ("--model", run, "--out", tmp_path, "--guidance", "2")
+    ended = run_here("sample", *words, "--covariate", "age=60", "--covariate", "sex=F")
+    assert ended.code == 0, ended.err
+    [sidecar] = tmp_path.rglob("*.json")
+    assert json.loads(sidecar.read_text())["Covariates"] == {"age": 60.0, "sex": "F"}
+
+
+def test_what_is_known_changes_a_volume_and_nothing_known_is_the_null(classes):
+    model = Model.load(classes[0])
+    model.synthesizer = synthesizer_of(classes[0])
+    nothing = model.sample(None, 3).volume
+    assert torch.equal(model.sample(None, 3, {"age": ""}).volume, nothing)
+    assert torch.equal(synthesizer_null(model, 3), nothing)
+    volumes = [model.sample(None, 3, {"sex": sex}).volume for sex in "FM"]
+    assert not any(torch.allclose(volume, nothing, atol=1e-4) for volume in volumes)
+    assert not torch.allclose(*volumes, atol=1e-4)
+
+
+def synthesizer_null(model, seed):
+    """Return the volume of what guidance asks for as the null."""
+    null = Condition(None, torch.tensor([[60.0, 0.0]])).null(model.synthesizer.condition.null_value)
+    return model.synthesizer.sample((4, 8, 8, 8), null, [seed])[0]
+
+
+def test_an_embedding_is_saved_averaged_and_loaded(classes):
+    saved = torch.load(classes[0] / "checkpoints" / "best.pt", weights_only=True)["objects"]
+    loaded = Model.load(classes[0]).synthesizer.denoiser.state_dict()
+    key = "class_embedding.missing.weight"
+    assert torch.equal(loaded[key], saved["ema"][key]) and not torch.equal(saved["denoiser"][key], saved["ema"][key])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["agee=60"], "--covariate: the model has no covariate 'agee'; it knows age, sex; did you mean age?"),
+        (["sex=X"], "--covariate: sex is 'X'; known are F, M."),
+        (["age=old"], "--covariate: age is 'old'; expected a number, or nothing where unknown."),
+        (["age"], "'age' is no covariate; expected name=value, such as age=60."),
+        (["age=1", "age=2"], "the covariate age is given twice, as '1' and '2'"),
+    ],
+)
+def test_what_no_model_knows_is_one_line(words, line, classes, tmp_path):
+    given = [part for word in words for part in ("--covariate", word)]
+    assert line in refused(run_here("sample", "--model", classes[0], "--out", tmp_path / "no", *given))
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_model_without_covariates_takes_none(tiny_runs, tmp_path):
+    mask = sorted(tiny_runs.data.glob("*/*_seg.nii.gz"))[0]
+    words = ("--model", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path, "--covariate", "age=60")
+    assert "the model has no covariate 'age'; it knows none. Leave it out." in refused(run_here("sample", *words))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["conditioning=concat", "encode=on_the_fly"],
+        ["conditioning=encoder"],
+        ["conditioning=scalar", "use_checkpoint=true"],
+    ],
+    ids=["concat", "encoder", "scalar"],
+)
+def test_masks_and_covariates_go_together(words, datalist, tiny_runs, tmp_path):
+    run, _ = described(datalist, tiny_runs, tmp_path, COVARIATES, *words)
+    words = ("--model", run, "--data", datalist, "--out", tmp_path / "out", "--guidance", "2", "--covariate", "sex=M")
+    ended = run_here("sample", *words, "guidance_in_sequence=true")
+    assert ended.code == 0, ended.err
+    said = [json.loads(file.read_text())["Covariates"] for file in sorted((tmp_path / "out").rglob("*.json"))]
+    assert [(one["age"], one["sex"]) for one in said] == [(70.0, "M"), (75.0, "M")]  # the cases' ages, the given sex
+    header = nibabel.load(sorted((tmp_path / "out").rglob("*t1.nii.gz"))[0]).header
+    assert said[0]["spacing"] == pytest.approx([float(size) for size in header.get_zooms()], abs=1e-4)
+    mask = sorted(tiny_runs.data.glob("*/*_seg.nii.gz"))[0]
+    words = ("--model", run, "--mask", mask, "--out", tmp_path / "no", "--covariate", "spacing=1,1,3")
+    assert "spacing is '1,1,3', and a mask has its own; leave spacing out" in refused(run_here("sample", *words))
+
+
+def test_a_volume_without_mask_has_the_spacing_it_was_told(classes):
+    model = Model.load(classes[0])
+    model.covariates = Covariates([{"name": "spacing", "mean": 1, "std": 1}])
+    model.synthesizer.sample = lambda shape, condition, seeds: torch.zeros(1, 4, 16, 16, 16)
+    sample = model.sample(None, 0, {"spacing": "1,1,3"})
+    assert sample.known == {"spacing": [1.0, 1.0, 3.0]} and sample.affine.diagonal().tolist() == [1.0, 1.0, 3.0, 1.0]
+    assert model.sample(None, 0).known == {"spacing": pytest.approx(model.spacing_mm)}
+    assert math.isnan(model.numbers_of({"spacing": ""}, None)[0])
+
+
+def test_a_case_of_an_unknown_class_is_named_before_anything_is_encoded(datalist, tiny_runs, tmp_path):
+    words = ["covariates=[{name: sex, classes: [F, W]}]"]
+    ended = train_here("diffusion", datalist, tmp_path, "wrong", *words, first_stage=str(tiny_runs.autoencoder))
+    assert "phantom_0003: sex is 'M'; known are F, W." in refused(ended)
+    words = ["covariates=[{name: scanner, classes: [A]}]"]
+    ended = train_here("diffusion", datalist, tmp_path, "wrong", *words, first_stage=str(tiny_runs.autoencoder))
+    assert "none of the 4 training cases says its scanner; expected a column scanner in cov" in refused(ended)
+    assert not (tmp_path / "latent_cache").exists()
+
+
+def test_an_encoder_is_trained_saved_and_loaded_with_its_denoiser(encoder, tiny_runs):
+    content = torch.load(encoder / "checkpoints" / "best.pt", weights_only=True)
+    saved, loaded = content["objects"], Model.load(encoder).synthesizer.denoiser.state_dict()
+    assert set(saved["denoiser"]) == set(saved["ema"]) == set(loaded)
+    assert {key.split(".")[0] for key in loaded} == {"denoiser", "encoder"}
+    assert all(torch.equal(loaded[key], saved["ema"][key]) for key in loaded)
+    [first] = [key for key in loaded if key.startswith("encoder.0.") and key.endswith("weight")]
+    assert not torch.equal(saved["denoiser"][first], saved["ema"][first])  # it moved
+
+
+@pytest.mark.parametrize("words", [["encode=on_the_fly"], ["use_checkpoint=true"], ["mask_mode=coarse"]])
+def test_an_encoder_trains_however_latents_come_and_activations_go(words, tiny_runs, tmp_path):
+    overlay = ["--config", REPOSITORY / "configs" / "condition_encoder.yaml"]
+    settings = {"max_epochs": 1, "first_stage": str(tiny_runs.autoencoder)}
+    ended = train_here("diffusion", tiny_runs.data, tmp_path, "run", *overlay, *words, **settings)
+    assert ended.code == 0, ended.err
+
+
+def test_an_encoder_that_does_not_fit_is_one_line(tiny_runs, tmp_path):
+    network = {"_target_": "torch.nn.Conv3d", "in_channels": "@condition_channels", "out_channels": 3, "kernel_size": 1}
+    settings = {"conditioning": "encoder", "condition_encoder_def": network, "first_stage": str(tiny_runs.autoencoder)}
+    line = refused(train_here("diffusion", tiny_runs.data, tmp_path, "wrong", **settings))
+    assert "condition_encoder_def, a Conv3d, makes (1, 3, 8, 8, 8)" in line
+    assert not (tmp_path / "latent_cache").exists()
 
 
 def test_a_flows_sampler_on_a_diffusion_model_is_one_line(tiny_runs, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from latdiff3d import checkpoints
+from latdiff3d.conditioning import Condition
 from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.guidance import Guidance
 from latdiff3d.samplers import dpm_solver_pp_2m
@@ -97,8 +98,8 @@ def test_a_volume_is_the_same_whatever_is_sampled_beside_it(model, sampler):
     synthesizer = replace(model.synthesizer, sampler=sampler, precision="fp32")
     masks = torch.randint(4, (2, 1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
     condition = synthesizer.condition(masks)
-    together = synthesizer.sample((4, 8, 8, 8), condition, [3, 4])
-    alone = synthesizer.sample((4, 8, 8, 8), condition[1:], [4])
+    together = synthesizer.sample((4, 8, 8, 8), Condition(condition), [3, 4])
+    alone = synthesizer.sample((4, 8, 8, 8), Condition(condition[1:]), [4])
     assert torch.allclose(together[1:], alone, atol=1e-5)
     assert not torch.allclose(together[:1], alone, atol=1e-2)
 
