@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 from monai.engines import Evaluator, Trainer
 from monai.utils import set_determinism
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from latdiff3d import checkpoints, config, distributed, updates, verdict
 from latdiff3d.batches import Seeds
@@ -24,11 +25,12 @@ from latdiff3d.interruption import ends_epoch, stopping_on_signals
 from latdiff3d.quality import PAGE
 
 CONFIG_FILE = "config.yaml"
+PLACE_IN_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # of a learning rate's schedule, by PyTorch's names
 LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broken pipe"
 # May differ between a run and its continuation.
 NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root", "latent_cache", "encode_memory_gb")
-# What checkpoints lack that are older than precision fp16.
-UNSCALED: Mapping[str, Mapping[str, Any]] = {"scaler": {}, "discriminator_scaler": {}}
+# What older checkpoints lack: of precision fp16, and of an epoch's middle.
+EMPTY: Mapping[str, Mapping[str, Any]] = {"scaler": {}, "discriminator_scaler": {}, "metrics_csv": {}}
 
 
 def begin(*files: str) -> None:
@@ -193,17 +195,39 @@ class Run:
         Raises:
             InputError: of other shapes.
         """
-        objects = {**UNSCALED, **content["objects"]}
+        objects = {**EMPTY, **content["objects"]}
         for name, thing in self.objects.items():
             state = objects[name]
             if isinstance(thing, nn.Module):
                 checkpoints.load_weights(thing, state, f"the checkpoint of {self.run_dir}")
+            elif isinstance(thing, LRScheduler):  # its length and height are this configuration's
+                thing.load_state_dict({**thing.state_dict(), **{key: state[key] for key in PLACE_IN_SCHEDULE}})
             else:
                 thing.load_state_dict(state)
-        engine.state.iteration = content["iteration"]
-        engine.state.epoch = content["iteration"] // engine.state.epoch_length  # those completed
-        self.evaluator.state.best_metric = content["best_metric"]
-        self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+        self._restore_place(engine, content)
+        if self._has_loss_of(content):
+            self.evaluator.state.best_metric = content["best_metric"]
+            self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+        else:
+            print("the loss is another one from here on: what was best before it no longer counts", flush=True)
+
+    def _restore_place(self, engine: Trainer, content: Mapping[str, Any]) -> None:
+        """Begin after the checkpoint's step, or as far into its epoch, should epochs have another length now."""
+        length, before = engine.state.epoch_length, content.get("epoch_length", engine.state.epoch_length)
+        iteration = content["iteration"]
+        if before != length:
+            epochs, position = divmod(iteration, before)
+            group = self.accumulate_grad_batches
+            iteration = epochs * length + position * length // before // group * group
+            print(f"an epoch has {length} batches, not {before} as before: going on after step {iteration}", flush=True)
+        engine.state.iteration, engine.state.epoch = iteration, iteration // length  # epochs that are completed
+        for thing in self.objects.values():
+            if isinstance(thing, LRScheduler):
+                thing.last_epoch = updates.num_updates_done(engine, self.accumulate_grad_batches)
+
+    def _has_loss_of(self, content: Mapping[str, Any]) -> bool:
+        ours, theirs = (yaml.safe_load(text).get("loss") for text in (self.config_text, content["config"]))
+        return ours == theirs
 
     def finish(self) -> None:
         """Do what is due once, at the end of training, on the best weights, and keep its result with them.
@@ -265,6 +289,7 @@ class Run:
             "notes": dict(self.notes),
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
             "best_metric": self.evaluator.state.best_metric,
             "best_metric_epoch": self.evaluator.state.best_metric_epoch,
             "first_stage": dict(self.first_stage) if self.first_stage else None,

@@ -1,6 +1,7 @@
 """Runs from end to end, through every door: the same weights, gone on with after a kill, sampled from, refused."""
 
 import csv
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -327,6 +328,37 @@ def test_a_run_stopped_while_measuring_measures_when_it_goes_on(phantoms, tiny_r
     again = train_here("autoencoder", phantoms, tmp_path, "first")
     assert again.code == 0, again.err
     assert_same(loaded(tmp_path / "first")["objects"], loaded(tiny_runs.autoencoder)["objects"])
+
+
+def gone_on_with(run, **settings):
+    """Go on with a finished tiny run of stage 1, two epochs of two batches, and return its rows of metrics."""
+    words = as_words({key.replace("__", "::"): value for key, value in settings.items()})
+    ended = run_here("train", "autoencoder", "-r", run, *words)
+    assert ended.code == 0, ended.err
+    return ended, read_metrics(run / "metrics.csv")
+
+
+def test_more_epochs_take_the_learning_rate_of_the_longer_schedule(finished, tmp_path):
+    _, rows = gone_on_with(finished, max_epochs=4, warmup_steps=0)
+    schedule = [0.5 * (1 + math.cos(math.pi * update / 8)) for update in range(9)]
+    rates = [float(row["learning_rate"]) for row in rows[2:]]
+    assert rates == pytest.approx([1e-3 * schedule[6], 1e-3 * schedule[8]], abs=1e-9)
+
+
+def test_what_was_best_by_another_loss_no_longer_counts(finished):
+    before = loaded(finished)
+    assert before["best_metric_epoch"] <= 2
+    ended, _ = gone_on_with(finished, max_epochs=3, loss__spectrum_weight=5.0, learning_rate=0.5)
+    assert "what was best before it no longer counts" in ended.out
+    after = loaded(finished)
+    assert after["best_metric_epoch"] == 3 and after["best_metric"] < before["best_metric"] and after["finished"]
+
+
+def test_epochs_of_another_length_begin_as_far_into_the_run(finished):
+    ended, rows = gone_on_with(finished, max_epochs=3, batch_size=1)
+    assert "an epoch has 4 batches, not 2 as before: going on after step 8" in ended.out
+    assert [row["iteration"] for row in rows] == ["2", "4", "12"]
+    assert loaded(finished, "last")["objects"]["lr_scheduler"]["last_epoch"] == 12
 
 
 @pytest.fixture
