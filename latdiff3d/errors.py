@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message says what was found, what was expected and what to do."""
 
 
+class DivergedError(InputError):
+    """Training came to numbers that are none, before the weights took any harm."""
+
+
 class InputExit(SystemExit):
     """An `InputError` on its way out of MONAI's config machinery, which would wrap any `Exception` in its own words.
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from latdiff3d import checkpoints, config, distributed, updates, verdict
 from latdiff3d.batches import Seeds
 from latdiff3d.codec import LatentCodec
-from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
+from latdiff3d.errors import DivergedError, InputError, InputExit, place_error, root_input_error
 from latdiff3d.interruption import ends_epoch, stopping_on_signals
 from latdiff3d.quality import PAGE
 
@@ -77,7 +77,9 @@ def train(stage: str) -> None:
             _write_config(run_dir, run.config_text)
         started = time.monotonic()
         if trainer.state.epoch < trainer.state.max_epochs:
-            with stopping_on_signals(trainer, run.write_last, run.accumulate_grad_batches):
+            with _naming_the_last_checkpoint(run), stopping_on_signals(
+                trainer, run.write_last, run.accumulate_grad_batches
+            ):
                 trainer.run()
         run.finish()
         print(run.summary(trainer, time.monotonic() - started), flush=True)
@@ -373,6 +375,16 @@ def _one_of_the_ranks() -> Iterator[None]:
         ) from error
     finally:
         distributed.end()
+
+
+@contextmanager
+def _naming_the_last_checkpoint(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except DivergedError as error:
+        last = Path(run.run_dir) / checkpoints.FOLDER / checkpoints.LAST
+        there = f"{last} is from before this step." if last.is_file() else "There is no checkpoint yet."
+        raise InputError(f"{error} {there}") from error
 
 
 def _told_by(error: BaseException | None) -> str:

@@ -67,7 +67,7 @@ class SegmenterStep:
             logits = self.segmenter(image)  # (B, K, D, H, W)
         terms = segmentation_terms(logits.float(), mask, valid)
         total = torch.stack(list(terms.values()))
-        group = group_of(engine, self.accumulate_grad_batches)
+        group = group_of(engine, self.accumulate_grad_batches, batch)
         update(total.sum(), self.segmenter, self.optimizer, self.max_grad_norm, group, self.scaler)
         return dict(zip(terms, mean_over_ranks(total).tolist(), strict=True)) | self.scaler.logged()
 

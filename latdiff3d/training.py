@@ -48,7 +48,7 @@ class AutoencoderStep:
 
     def __call__(self, engine: Engine, batch: Batch) -> dict[str, float]:
         """Update the weights and return the loss's terms, raw and weighted, means over the ranks."""
-        group = group_of(engine, self.accumulate_grad_batches)
+        group = group_of(engine, self.accumulate_grad_batches, batch)
         self.autoencoder.train()
         self.discriminator.train()
         image, valid = to_device(self.device, batch["image"], batch["valid"])
@@ -156,7 +156,7 @@ class DiffusionStep:
         if self.min_snr_gamma is not None:
             loss = loss * min_snr_weight(self.objective, *self.schedule.alpha_sigma(timesteps), self.min_snr_gamma)
         loss = loss.mean()
-        group = group_of(engine, self.accumulate_grad_batches)
+        group = group_of(engine, self.accumulate_grad_batches, batch)
         update(loss, self.denoiser, self.optimizer, self.max_grad_norm, group, self.scaler)
         return {"loss": mean_over_ranks(loss).item()} | self.scaler.logged()
 

@@ -1,7 +1,7 @@
 """One update of a network's weights: from the losses of one batch, or of a group of them, to an optimiser's step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from ignite.engine import CallableEventWithFilter, Engine, Events
 from torch import nn
 
 from latdiff3d.distributed import average_gradients, mean_over_ranks
-from latdiff3d.errors import InputError
+from latdiff3d.errors import DivergedError, InputError
 
 # Of a loss: reached after 26 halvings in a row, where gradients overflow float16 that are 1000 times below their size.
 MIN_SCALE = 2.0**-10
@@ -60,30 +60,33 @@ class Group:
         number: of the update in the whole run, from 1 on.
         size: how many batches share it.
         is_first, is_last: of those batches.
+        place: the step and the cases of the batch, for messages.
     """
 
     number: int
     size: int
     is_first: bool
     is_last: bool
+    place: str = field(default="", compare=False)
 
 
-def group_of(engine: Engine, accumulate_grad_batches: int) -> Group:
-    """Return the group of the batch that `engine` is at.
+def group_of(engine: Engine, accumulate_grad_batches: int, batch: Mapping[str, Any] | None = None) -> Group:
+    """Return the group of the batch that `engine` is at; of `batch`, its cases are named.
 
     Groups begin anew with each epoch, and what is left at its end is a smaller group of its own: so nothing is carried
     over into the next epoch, or has to be kept in a checkpoint.
     """
+    cases = ", ".join(batch.get("case", [])) if batch else ""
+    place = f"step {engine.state.iteration}{f', {cases}' if cases else ''}"
     if accumulate_grad_batches == 1:
-        return Group(engine.state.iteration, 1, True, True)
+        return Group(engine.state.iteration, 1, True, True, place)
     length = engine.state.epoch_length
     assert length is not None
     epochs, position = divmod(engine.state.iteration - 1, length)
-    number, place = divmod(position, accumulate_grad_batches)
-    size = min(accumulate_grad_batches, length - position + place)
-    return Group(
-        epochs * _num_groups(length, accumulate_grad_batches) + number + 1, size, place == 0, place == size - 1
-    )
+    number, within = divmod(position, accumulate_grad_batches)
+    size = min(accumulate_grad_batches, length - position + within)
+    number += epochs * _num_groups(length, accumulate_grad_batches) + 1
+    return Group(number, size, within == 0, within == size - 1, place)
 
 
 def num_updates(num_epochs: int, num_batches: int, accumulate_grad_batches: int) -> int:
@@ -132,13 +135,14 @@ def update(
     it overflows float16, on any rank, the step is left out; see `LossScaler`.
 
     Raises:
-        InputError: when the loss is not a finite number, on any rank, or its gradients are not, however little they are
-            scaled; the weights are then as before.
+        DivergedError: when the loss is not a finite number, on any rank, or its gradients are not, however little they
+            are scaled; the weights are then as before.
     """
     if not torch.isfinite(mean_over_ranks(loss)):
-        raise InputError(
-            f"the loss of {type(network).__name__} became {loss.item()}; lower learning_rate, or look at the data with "
-            "`latdiff3d doctor`. The last checkpoint is from before this step."
+        named = str(loss.item()) if not torch.isfinite(loss) else "no number on another rank, and stayed one here,"
+        raise DivergedError(
+            f"the loss of {type(network).__name__} became {named} at {group.place}; lower learning_rate, or look at "
+            "the data with `latdiff3d doctor`."
         )
     if group.is_first:
         optimizer.zero_grad(set_to_none=True)
@@ -152,9 +156,9 @@ def update(
     scaler.step(optimizer)
     scaler.update()
     if scaler.get_scale() < MIN_SCALE:
-        raise InputError(
-            f"the gradients of {type(network).__name__} overflow float16 at any scale, its loss being {loss.item():g}; "
-            "set precision to bf16 or fp32, or lower learning_rate. The last checkpoint is from before this step."
+        raise DivergedError(
+            f"the gradients of {type(network).__name__} overflow float16 at any scale at {group.place}, the loss being "
+            f"{loss.item():g}; set precision to bf16 or fp32, or lower learning_rate."
         )
 
 

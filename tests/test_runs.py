@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -359,6 +360,19 @@ def test_epochs_of_another_length_begin_as_far_into_the_run(finished):
     assert "an epoch has 4 batches, not 2 as before: going on after step 8" in ended.out
     assert [row["iteration"] for row in rows] == ["2", "4", "12"]
     assert loaded(finished, "last")["objects"]["lr_scheduler"]["last_epoch"] == 12
+
+
+def test_a_loss_that_diverges_names_the_step_its_cases_and_the_last_checkpoint(finished, phantoms, tmp_path):
+    rising = {"learning_rate": 1e30, "warmup_steps": 0, "loss__disc_weight": 0.0}
+    new = train_here("autoencoder", phantoms, tmp_path, "new", **rising)
+    line = new.err.strip().split("\n")[-1]  # below the progress bar
+    assert new.code == 2 and "Traceback" not in new.err
+    assert re.search(r"loss of \w+ became (nan|inf) at step \d, phantom_\d+, phantom_\d+; lower learning_rate", line)
+    assert line.endswith("There is no checkpoint yet.")
+    words = as_words({key.replace("__", "::"): value for key, value in rising.items()})
+    again = run_here("train", "autoencoder", "-r", finished, "max_epochs=9", *words)
+    last = finished / "checkpoints" / "last.pt"
+    assert again.code == 2 and again.err.strip().endswith(f"{last} is from before this step.")
 
 
 @pytest.fixture

@@ -18,13 +18,17 @@ from latdiff3d.covariates import Covariates
 from latdiff3d.guidance import Guidance
 from latdiff3d.synthesis import Model
 
-OVERLAYS = {"flow": ["flow.yaml"], "v_prediction": ["v_prediction.yaml"], "encoder": ["condition_encoder.yaml"]}
+OVERLAYS = {
+    "flow": ["flow.yaml"],
+    "v_prediction": ["v_prediction.yaml"],
+    "encoder": ["condition_encoder.yaml"],
+    "scalar": ["scalar_mask.yaml"],
+    "unconditional": ["unconditional.yaml"],
+}
 COVARIATES = (
     "covariates=[{name: age, mean: 60, std: 15}, {name: sex, classes: [F, M]}, {name: spacing, mean: 1, std: 1}]"
 )
 SETTINGS = {
-    "unconditional": ["conditioning=none"],
-    "scalar": ["conditioning=scalar"],
     "min_snr": ["min_snr_gamma=5"],
     "ddpm": ["sampler=ddpm"],
 }
