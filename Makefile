@@ -6,7 +6,7 @@ DATA ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test soak lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ demo: install ## train and sample on synthetic cases, or on your own with DATA=f
 
 test: install ## run the tests
 	$(BIN)/python -m pytest
+
+soak: install ## kill training 20 times at random moments and compare its weights; SOAK_SEED=7 picks other moments
+	$(BIN)/python -m pytest -m soak -s tests/test_kills.py
 
 lint: install ## run ruff and mypy
 	$(BIN)/ruff check .

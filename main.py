@@ -2,6 +2,7 @@
 
     python main.py --base configs/autoencoder.yaml -t --name first dataset_dir=DIR
     python main.py --base configs/diffusion.yaml -t --name second dataset_dir=DIR first_stage=runs/first
+    torchrun --nproc_per_node 2 main.py --base configs/autoencoder.yaml -t --gpus 0,1 dataset_dir=DIR
 """
 
 import argparse
@@ -15,7 +16,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-b", "--base", nargs="+", default=[], help="overlay YAML files, later ones win")
     parser.add_argument("-t", "--train", action="store_true", help="train; required, as there is nothing else to do")
     parser.add_argument("-n", "--name", help="of the run's folder")
-    parser.add_argument("--gpus", help="number of one GPU, such as 0, (default: the first, or the CPU)")
+    parser.add_argument("--gpus", help="GPUs, one a process, such as 0,1 (default: the first ones, or the CPU)")
     parser.add_argument("-r", "--resume", help="a run or a checkpoint to go on from")
     parser.add_argument("-s", "--seed", type=int)
     parser.add_argument("-l", "--logdir", help="holds the runs' folders")

@@ -1,10 +1,11 @@
 """Several real processes: one run, one folder, and the figures of a single process with their joint batch."""
 
 import math
+import time
 
 import pytest
 import torch
-from conftest import TINY, as_words, run_process
+from conftest import REPOSITORY, TINY, as_words, run_process
 
 from latdiff3d import checkpoints
 from latdiff3d.handlers import read_metrics
@@ -72,3 +73,33 @@ def test_stage_2_trains_on_two_ranks_and_goes_on_bit_for_bit(stage_1, odd, tmp_p
     assert last["iteration"] == 2 and math.isfinite(last["best_metric"])
     assert all(torch.equal(content(part, "last")["objects"]["ema"][k], v) for k, v in last["objects"]["ema"].items())
 
+
+
+# The second rank meets its fate in its second step: `die` without a word, `refuse` with one.
+FATE = """
+import os, sys
+sys.path.insert(0, {repository!r})
+from latdiff3d import cli, training
+from latdiff3d.errors import InputError
+step = training.AutoencoderStep.__call__
+def step_or_not(self, engine, batch):
+    if os.environ["RANK"] == "1" and engine.state.iteration == 2:
+        if {fate!r} == "die":
+            os._exit(9)
+        raise InputError("case_7 is damaged.")
+    return step(self, engine, batch)
+training.AutoencoderStep.__call__ = step_or_not
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("fate", "told"), [("die", "exitcode  : 9"), ("refuse", "error: case_7 is damaged.")])
+def test_a_rank_that_ends_ends_the_others_soon_and_its_own_error_is_shown(odd, tmp_path, fate, told):
+    (tmp_path / "train.py").write_text(FATE.format(repository=str(REPOSITORY), fate=fate))
+    words = ["train", "autoencoder", "--data", odd, "-l", tmp_path, "--name", "ae"]
+    begun = time.monotonic()
+    ended = run_process(*TORCHRUN, tmp_path / "train.py", *words, *as_words(TINY["autoencoder"]))
+    assert ended.code != 0 and told in ended.err
+    assert "rank 0 has lost another rank" in ended.err or "SIGTERM" in ended.err
+    assert time.monotonic() - begun < 120  # of which torchrun's 30 s at most are waited; the rest is starting up
+    assert content(tmp_path / "ae", "last")["iteration"] == 1

@@ -262,7 +262,7 @@ def test_an_update_that_overflows_is_skipped_and_said_and_the_scale_falls():
 
 def test_gradients_that_overflow_at_any_scale_stop_the_run():
     network, optimizer, scaler = fp16()
-    with pytest.raises(InputError, match="gradients of Linear overflow float16 at any scale at .*, the loss being 0; set"):
+    with pytest.raises(InputError, match=r"overflow float16 at any scale at .*, the loss being 0; set"):
         for _ in range(40):
             loss = (0 * network.weight).sqrt().sum()  # 0, and its gradient is none
             update(loss, network, optimizer, math.inf, Group(1, 1, True, True), scaler)
