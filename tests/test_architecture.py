@@ -13,6 +13,7 @@ FLOORS = [
     {"cli"},
     {"demo"},
     {"synthesis", "runs"},
+    {"checkpointing"},
     {"segmentation", "quality", "synthesizer"},
     {"training", "latents", "latent_cache", "quality_page"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}

@@ -1,7 +1,7 @@
 """SIGKILL at random moments, checkpoint writes included: the same command ends with an undisturbed run's weights.
 
-`make soak` kills 20 times: both stages, on one process and on two. The seed of the moments is printed; `SOAK_SEED=7 make
-soak` gives another.
+`make soak` kills 20 times: both stages, on one process and on two. The seed of the moments is printed; `SOAK_SEED=7
+make soak` takes another.
 """
 
 import os
