@@ -228,7 +228,7 @@ SETTINGS = [
         "an unknown conditioning",
         "diffusion",
         {"conditioning": "cat"},
-        r"conditioning is 'cat'; expected 'concat', 'scalar' or 'none'",
+        r"conditioning is 'cat'; expected 'concat', 'scalar', 'encoder' or 'none'",
     ),
     (
         "an unknown mask mode",
