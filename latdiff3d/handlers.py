@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -130,7 +131,9 @@ class Progress:
 
 
 class MetricsCSV:
-    """A row an epoch: means of the training terms, validation metrics, learning rate and seconds.
+    """A row an epoch: means of the training terms, validation metrics, learning rate, seconds and the wait for data.
+
+    `data_wait` is the share of the training steps' time, loading included, in which the step waited for its batch.
 
     A resumed run drops the rows after its checkpoint and goes on below them.
 
@@ -146,6 +149,7 @@ class MetricsCSV:
         self.optimizer = optimizer
         self.sums: dict[str, list[float]] = {}
         self.validated = False
+        self.waited, self.worked, self.since = 0.0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, list[float]]:
         """Return the terms of the epoch so far, for a checkpoint in the middle of one."""
@@ -160,6 +164,8 @@ class MetricsCSV:
         if rank() > 0:
             return
         engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._note_time)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._note_wait)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
         self.evaluator.add_event_handler(Events.COMPLETED, self._note_validation)
@@ -170,7 +176,15 @@ class MetricsCSV:
         rows = [row for row in read_metrics(self.path) if int(row["epoch"]) <= completed]
         self._write_rows(rows)
 
+    def _note_time(self, engine: Workflow) -> None:
+        self.since = time.monotonic()
+
+    def _note_wait(self, engine: Workflow) -> None:
+        self.waited += time.monotonic() - self.since
+        self.since = time.monotonic()
+
     def _collect(self, engine: Workflow) -> None:
+        self.worked += time.monotonic() - self.since
         for name, value in engine.state.output.items():
             self.sums.setdefault(name, []).append(value)
 
@@ -180,11 +194,12 @@ class MetricsCSV:
     def _write(self, engine: Workflow) -> None:
         row = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
         row["seconds"] = round(engine.state.times[Events.EPOCH_COMPLETED.name], 2)
+        row["data_wait"] = round(self.waited / (self.waited + self.worked), 4)
         row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         row |= {f"train_{name}": sum(values) / len(values) for name, values in self.sums.items()}
         if self.validated:
             row |= {f"val_{name}": value for name, value in self.evaluator.state.metrics.items()}
-        self.sums, self.validated = {}, False
+        self.sums, self.validated, self.waited, self.worked = {}, False, 0.0, 0.0
         self._write_rows([*read_metrics(self.path), row])
 
     def _write_rows(self, rows: list[dict[str, Any]]) -> None:

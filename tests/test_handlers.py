@@ -1,12 +1,13 @@
 """What a run shows and keeps: the moving average, and what the bundle's handlers rest on."""
 
+import time
 from itertools import pairwise
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from latdiff3d.handlers import EMA, TensorBoard, existing
+from latdiff3d.handlers import EMA, MetricsCSV, TensorBoard, existing, read_metrics
 
 EPOCH_LENGTH, WARM_UP = 4, 7
 
@@ -64,3 +65,47 @@ def test_tensorboards_folder_appears_when_training_starts(tmp_path):
     trainer.run(range(2))
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     assert tensorboard.writer is not None
+
+
+def metrics_of(tmp_path, loader, step, max_epochs=2):
+    """Run a trainer with a MetricsCSV, and return the rows and the handler."""
+    evaluator = Engine(lambda engine, batch: None)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    handler, engine = MetricsCSV(str(tmp_path / "metrics.csv"), evaluator, optimizer), Engine(step)
+    handler.attach(engine)
+    engine.run(loader, max_epochs=max_epochs)
+    return read_metrics(tmp_path / "metrics.csv"), handler
+
+
+class Slow:
+    """Three batches, each of which takes its time to load."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        for number in range(3):
+            time.sleep(self.seconds)
+            yield number
+
+
+@pytest.mark.parametrize(("loading", "working", "low", "high"), [(0.03, 0.01, 0.6, 0.9), (0.0, 0.02, 0.0, 0.1)])
+def test_the_wait_for_data_is_written_down(tmp_path, loading, working, low, high):
+    def step(engine, batch):
+        time.sleep(working)
+        return {"loss": float(batch)}
+
+    rows, _ = metrics_of(tmp_path, Slow(loading), step)
+    assert [float(row["train_loss"]) for row in rows] == [1.0, 1.0]
+    assert all(low <= float(row["data_wait"]) <= high for row in rows)
+
+
+def test_an_epochs_terms_go_through_a_checkpoint(tmp_path):
+    _, handler = metrics_of(tmp_path, range(3), lambda engine, batch: {"loss": float(batch)})
+    handler.load_state_dict({"loss": [3.0, 5.0]})
+    state = handler.state_dict()
+    handler.sums["loss"].append(7.0)
+    assert state == {"loss": [3.0, 5.0]}  # of the moment it was taken
