@@ -45,6 +45,8 @@ def start() -> None:
         reason = str(error).splitlines()[0]
         num = os.environ["WORLD_SIZE"]
         raise InputError(f"WORLD_SIZE is {num}, but the others are not found ({reason}); use torchrun.") from error
+    if "SLURM_JOB_ID" in os.environ:  # Ignite would take SLURM's number of torchrun itself for that of its processes
+        os.environ["SLURM_LOCALID"] = str(local_rank)
     idist.sync()  # Ignite's metrics look for the group at their first use; all ranks have to be there
 
 

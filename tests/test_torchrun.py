@@ -1,7 +1,12 @@
 """Several real processes: one run, one folder, and the figures of a single process with their joint batch."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +108,29 @@ def test_a_rank_that_ends_ends_the_others_soon_and_its_own_error_is_shown(odd, t
     assert "rank 0 has lost another rank" in ended.err or "SIGTERM" in ended.err
     assert time.monotonic() - begun < 120  # of which torchrun's 30 s at most are waited; the rest is starting up
     assert content(tmp_path / "ae", "last")["iteration"] == 1
+
+
+def test_the_slurm_script_trains_on_two_nodes(odd, tmp_path):
+    """Two nodes are two of torchrun's agents on this machine, which find each other at a real rendezvous."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, lines in {
+        "scontrol": 'test "$*" = "show hostnames node[1-2]" && echo localhost && echo localhost',
+        "srun": '"$@" & one=$!\n"$@" & two=$!\nwait $one && wait $two',
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (programs / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
+        "RENDEZVOUS_PORT": str(port), "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    words = as_words({**TINY["autoencoder"], **STILL, "dataset_dir": str(odd)})
+    base = ["main.py", "--base", "configs/autoencoder.yaml", "-t", "-l", tmp_path, "--name", "ae"]
+    script = [REPOSITORY / "docs" / "slurm.sh", *base, *words]
+    ended = subprocess.run(script, cwd=REPOSITORY, env={**os.environ, **slurm}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Stage 'autoencoder' is trained") == 1
+    assert content(tmp_path / "ae")["iteration"] == 1
