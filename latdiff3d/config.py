@@ -72,6 +72,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint_every": (_is_natural, "a whole number of steps, or 0 for none"),
     "keep_checkpoints": (_is_count, "a whole number from 1 on"),
     "num_fine_cases": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
+    "skip_bad_cases": (lambda value: isinstance(value, bool), "true or false"),
     "num_workers": (_is_natural, "a whole number from 0 on"),
     "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),

@@ -293,6 +293,7 @@ def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[di
         raise InputError(f"split is {split!r}; expected train, val or test.")
     model.config["dataset_dir"] = str(dataset_dir)
     model.config.parse(True)
+    model.config["skip_bad_cases"] = False  # masks alone are read, each when its turn comes
     cases = list(model.config.get_parsed_content("splits")[split])
     if not cases:
         raise InputError(f"{dataset_dir} has no {split} case; choose another --split, or list some in {split}.list.")

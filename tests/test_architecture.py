@@ -25,6 +25,7 @@ FLOORS = [
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"coarse_masks", "updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
+    {"skipping"},
     {"checks", "norms", "batches"},
     {"readers"},
     {"datalist", "phantoms"},
