@@ -92,7 +92,7 @@ class Slow:
             yield number
 
 
-@pytest.mark.parametrize(("loading", "working", "low", "high"), [(0.03, 0.01, 0.6, 0.9), (0.0, 0.02, 0.0, 0.1)])
+@pytest.mark.parametrize(("loading", "working", "low", "high"), [(0.1, 0.02, 0.5, 0.95), (0.0, 0.05, 0.0, 0.3)])
 def test_the_wait_for_data_is_written_down(tmp_path, loading, working, low, high):
     def step(engine, batch):
         time.sleep(working)
