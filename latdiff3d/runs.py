@@ -22,7 +22,10 @@ from latdiff3d.interruption import stopping_on_signals
 CONFIG_FILE = "config.yaml"
 LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broken pipe"
 # May differ between a run and its continuation.
-NOT_OF_THE_RUN = ("resume", "logdir", "name", "run_dir", "device", "bundle_root", "latent_cache", "encode_memory_gb")
+NOT_OF_THE_RUN = (
+    "resume", "logdir", "name", "run_dir", "device", "gpus", "bundle_root", "latent_cache", "encode_memory_gb",
+    "num_workers", "checkpoint_every", "keep_checkpoints",
+)  # fmt: skip
 
 
 

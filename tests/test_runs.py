@@ -428,6 +428,11 @@ def test_another_configuration_in_the_same_folder_is_refused(phantoms, finished)
     assert files_of(finished) == before
 
 
+def test_what_changes_no_weight_may_change_when_a_run_goes_on(phantoms, finished):
+    ended = train_here("autoencoder", phantoms, finished.parent, "first", checkpoint_every=1, num_workers=1)
+    assert ended.code == 0, ended.err
+
+
 def test_a_place_without_a_run_cannot_be_gone_on_with(tmp_path):
     assert "there is no run at" in refused(run_here("train", "autoencoder", "-r", tmp_path))
 
