@@ -80,11 +80,10 @@ class Run:
             checkpoints.save(self._path("best"), content)
         checkpoints.save(self._path("last"), content, self.keep_checkpoints - 1)
 
-    def write_last(self, engine: Trainer) -> str:
-        """Write `last.pt` alone, after any step, and return its path."""
+    def write_last(self, engine: Trainer) -> None:
+        """Write `last.pt` alone, after any step."""
         if distributed.rank() == 0:
             checkpoints.save(self._path("last"), self._content(engine), self.keep_checkpoints - 1)
-        return str(self._path("last"))
 
     def _write_within(self, engine: Trainer) -> None:
         if not ends_epoch(engine):  # whose own one comes after its validation
@@ -138,7 +137,7 @@ class Run:
         """
         path = self._path("best")
         distributed.gather(None)  # the first rank has written it
-        if not path.is_file():
+        if not path.is_file() or self.evaluator.state.best_metric_epoch < 1:  # or the best one is by another loss
             raise InputError(f"{self.run_dir} was never validated; set val_interval to at most max_epochs.")
         best = checkpoints.load(path)
         if best["finished"]:

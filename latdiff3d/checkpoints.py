@@ -40,10 +40,16 @@ def save(path: Path, content: Mapping[str, Any], num_before: int = 0) -> None:
             torch.save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
-        for number in range(num_before, 0, -1):
-            if earlier(path, number - 1).is_file():
-                _also_as(earlier(path, number - 1), earlier(path, number))
+        # The new one first: the one at `path` may be damaged, and then takes the place of the last whole one.
+        previous = path.with_name(f".{path.name}.previous")
+        if num_before and path.is_file():
+            _also_as(path, previous)
         temporary.replace(path)
+        if previous.is_file():
+            for number in range(num_before, 1, -1):
+                if earlier(path, number - 1).is_file():
+                    earlier(path, number - 1).replace(earlier(path, number))
+            previous.replace(earlier(path, 1))
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError where the file system is full
         if not _is_full(error):
             raise
@@ -125,7 +131,8 @@ def load_last(run_dir: Path, stage: str) -> dict[str, Any] | None:
         InputError: all are damaged, or of another stage.
     """
     last = run_dir / FOLDER / LAST
-    kept = [last, *sorted(last.parent.glob(f"{last.stem}-[0-9]*{last.suffix}"))]
+    before = last.parent.glob(f"{last.stem}-[0-9]*{last.suffix}")
+    kept = [last, *sorted(before, key=lambda path: int(path.stem.rpartition("-")[2]))]
     damage = ""
     for path in filter(Path.is_file, kept):
         try:
@@ -195,7 +202,8 @@ def _also_as(path: Path, other: Path) -> None:
     temporary.replace(other)
 
 
-def _is_full(error: Exception) -> bool:
+def _is_full(error: BaseException | None) -> bool:
+    """Say whether the system refused to write any more, at the bottom of whatever PyTorch makes of it."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "file write failed" in str(error) or "unexpected pos" in str(error)
+    return error is not None and _is_full(error.__cause__ or error.__context__)

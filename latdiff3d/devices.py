@@ -35,6 +35,8 @@ def device(gpus: str | int | None = None) -> torch.device:
         raise InputError(
             f"gpus is {gpus!r}, but {torch.cuda.device_count()} GPUs are visible here; leave it out to use the CPU."
         )
+    if num_local > 1:
+        torch.cuda.set_device(number)  # where NCCL, and what only says "cuda", shall be
     return torch.device(f"cuda:{number}")
 
 

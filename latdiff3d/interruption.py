@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -32,7 +33,7 @@ def ends_epoch(engine: Engine) -> bool:
 
 @contextmanager
 def stopping_on_signals(
-    engine: Engine, write: Callable[[Any], str], accumulate_grad_batches: int = 1
+    engine: Engine, write: Callable[[Any], None], path: str | Path, accumulate_grad_batches: int = 1
 ) -> Iterator[None]:
     """While `engine` runs within, let SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint after the update and stop.
 
@@ -40,8 +41,9 @@ def stopping_on_signals(
     second Ctrl-C does not wait.
 
     Args:
-        engine: a trainer, whose epochs' ends are handled already.
-        write: writes the checkpoint and returns its path.
+        engine: a trainer, at whose epochs' ends a checkpoint is written already.
+        write: writes the checkpoint after any other update.
+        path: of the checkpoint.
         accumulate_grad_batches: batches per update.
 
     Raises:
@@ -54,7 +56,7 @@ def stopping_on_signals(
             raise KeyboardInterrupt
         received.append(signal.Signals(number))
 
-    def stop(engine: Engine, path: str) -> None:
+    def stop(engine: Engine) -> None:
         if rank() == 0:
             name = received[0].name if received else "a signal to another rank"
             print(
@@ -66,11 +68,12 @@ def stopping_on_signals(
 
     def after_step(engine: Engine) -> None:
         if not ends_epoch(engine) and any_rank(bool(received)):
-            stop(engine, write(engine))
+            write(engine)
+            stop(engine)
 
     def after_epoch(engine: Engine) -> None:
         if engine.state.epoch < (engine.state.max_epochs or 0) and any_rank(bool(received)):
-            stop(engine, write(engine))
+            stop(engine)
 
     engine.add_event_handler(updates.completed(accumulate_grad_batches), after_step)
     engine.add_event_handler(Events.EPOCH_COMPLETED, after_epoch)

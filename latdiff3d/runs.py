@@ -73,9 +73,9 @@ def train(stage: str) -> None:
             _write_config(run_dir, run.config_text)
         started = time.monotonic()
         if trainer.state.epoch < trainer.state.max_epochs:
-            with _naming_the_last_checkpoint(run), stopping_on_signals(
-                trainer, run.write_last, run.accumulate_grad_batches
-            ):
+            last = run_dir / checkpoints.FOLDER / checkpoints.LAST
+            signals = stopping_on_signals(trainer, run.write_last, last, run.accumulate_grad_batches)
+            with _naming_the_last_checkpoint(last), signals:
                 trainer.run()
         run.finish()
         print(run.summary(trainer, time.monotonic() - started), flush=True)
@@ -189,19 +189,18 @@ def _one_of_the_ranks() -> Iterator[None]:
         if ranks == 1 or root_input_error(error) or not re.search(LOST_RANK, _told_by(error)):
             raise
         raise InputError(
-            f"rank {distributed.rank()} has lost another rank, which says why above or in its own output; the same "
-            "command goes on from the last checkpoint."
+            f"rank {distributed.rank()} has lost another rank, which says why above or in its own output, or cannot "
+            f"reach it ({str(error).splitlines()[0]}); the same command goes on from the last checkpoint."
         ) from error
     finally:
         distributed.end()
 
 
 @contextmanager
-def _naming_the_last_checkpoint(run: Run) -> Iterator[None]:
+def _naming_the_last_checkpoint(last: Path) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        last = Path(run.run_dir) / checkpoints.FOLDER / checkpoints.LAST
         there = f"{last} is from before this step." if last.is_file() else "There is no checkpoint yet."
         raise InputError(f"{error} {there}") from error
 

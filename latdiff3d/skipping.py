@@ -42,10 +42,8 @@ def usable_splits(
         return {split: list(cases) for split, cases in splits.items()}
     usable: dict[str, list[Case]] = {}
     for split, cases in splits.items():
-        by_name = {case["case"]: case for case in cases}
-        looked_at = partial(_problem_of_named, by_name, preprocessing, num_channels)
-        found = shared(list(by_name), looked_at)
-        problems = [found[case["case"]] for case in cases]
+        found = shared(range(len(cases)), partial(_numbered, cases, preprocessing, num_channels))
+        problems = [found[number] for number in range(len(cases))]
         usable[split] = [case for case, problem in zip(cases, problems, strict=True) if problem is None]
         for problem in filter(None, problems):
             print(f"skipped: {problem}", flush=True)
@@ -71,7 +69,5 @@ def problem_of(case: Case, preprocessing: Callable[[Any], Any], num_channels: in
     return None
 
 
-def _problem_of_named(
-    by_name: Mapping[str, Case], preprocessing: Callable[[Any], Any], num_channels: int, name: str
-) -> str | None:
-    return problem_of(by_name[name], preprocessing, num_channels)
+def _numbered(cases: Sequence[Case], preprocessing: Callable[[Any], Any], num_channels: int, number: int) -> str | None:
+    return problem_of(cases[number], preprocessing, num_channels)

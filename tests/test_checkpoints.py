@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -214,3 +215,28 @@ def test_too_little_space_for_the_next_checkpoint_is_told_before_it_is_due(saved
     with pytest.raises(InputError, match=r"MB free, the next checkpoint takes .*; make room, and the same command"):
         checkpoints.require_space(saved)
     checkpoints.require_space(saved.parent / "none yet.pt")
+
+
+def test_a_save_over_a_damaged_checkpoint_keeps_a_whole_one_at_every_moment(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoints" / "last.pt"
+    for step in range(2):
+        checkpoints.save(path, {"stage": "autoencoder", "step": step, "weights": torch.ones(10000)}, num_before=1)
+    flip_a_byte(path)
+    replace, moments = Path.replace, []
+
+    def replace_and_look(self, target):
+        replace(self, target)
+        moments.append(checkpoints.load_last(tmp_path, "autoencoder")["step"])
+
+    monkeypatch.setattr(Path, "replace", replace_and_look)
+    checkpoints.save(path, {"stage": "autoencoder", "step": 2, "weights": torch.ones(10000)}, num_before=1)
+    assert moments[0] == 0 and moments[-1] == 2 and set(moments) == {0, 2}
+
+
+def test_the_tenth_before_comes_after_the_second(tmp_path, capsys):
+    path = tmp_path / "checkpoints" / "last.pt"
+    for step in range(12):
+        checkpoints.save(path, {"stage": "autoencoder", "step": step, "weights": torch.ones(10000)}, num_before=11)
+    for number in (0, 1):
+        flip_a_byte(checkpoints.earlier(path, number))
+    assert checkpoints.load_last(tmp_path, "autoencoder")["step"] == 9

@@ -64,14 +64,14 @@ def test_the_signal_handlers_of_before_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     engine, made = engine_that({2: lambda: signal.raise_signal(signal.SIGTERM)})
     written = []
-    with pytest.raises(Interrupted), stopping_on_signals(engine, lambda engine: written.append(1) or "last.pt"):
+    with pytest.raises(Interrupted), stopping_on_signals(engine, lambda engine: written.append(1), "last.pt"):
         engine.run(range(4), max_epochs=2)
     assert signal.getsignal(signal.SIGTERM) is before and written == [1] and len(made) == 2
 
 
 def test_a_stop_in_the_last_step_of_all_ends_the_run_as_it_would_have_ended():
     engine, made = engine_that({8: lambda: signal.raise_signal(signal.SIGTERM)})
-    with stopping_on_signals(engine, lambda engine: "last.pt"):
+    with stopping_on_signals(engine, lambda engine: None, "last.pt"):
         engine.run(range(4), max_epochs=2)
     assert len(made) == 8
 
@@ -82,6 +82,6 @@ def test_a_second_interrupt_does_not_wait():
         signal.raise_signal(signal.SIGINT)
 
     engine, made = engine_that({2: twice})
-    with pytest.raises(KeyboardInterrupt), stopping_on_signals(engine, lambda engine: "last.pt"):
+    with pytest.raises(KeyboardInterrupt), stopping_on_signals(engine, lambda engine: None, "last.pt"):
         engine.run(range(4), max_epochs=2)
     assert len(made) == 2

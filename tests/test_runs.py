@@ -356,6 +356,12 @@ def test_what_was_best_by_another_loss_no_longer_counts(finished):
     assert after["best_metric_epoch"] == 3 and after["best_metric"] < before["best_metric"] and after["finished"]
 
 
+def test_the_weights_of_another_loss_are_not_passed_off_as_what_came_of_this_one(finished):
+    words = ["max_epochs=3", "val_interval=2", "loss::spectrum_weight=1.0"]
+    ended = run_here("train", "autoencoder", "-r", finished, *words)
+    assert ended.code == 2 and "was never validated; set val_interval" in ended.err
+
+
 def test_epochs_of_another_length_begin_as_far_into_the_run(finished):
     ended, rows = gone_on_with(finished, max_epochs=3, batch_size=1)
     assert "an epoch has 4 batches, not 2 as before: going on after step 8" in ended.out
