@@ -14,6 +14,7 @@ every tensor in a mapping of its own (MALLOC_MMAP_THRESHOLD_); the times come fr
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -50,7 +51,8 @@ def main() -> None:
         arms: dict[bool, list[dict[str, float]]] = {False: [], True: []}
         for _ in range(1 if given.short else 3):
             for use_checkpoint, found in arms.items():
-                arm = {"stage": stage, "overlays": given.config, "use_checkpoint": use_checkpoint, "edge": edge}
+                settings = {"use_checkpoint": use_checkpoint}
+                arm = {"stage": stage, "overlays": given.config, "settings": settings, "edge": edge}
                 memory = in_fresh_process({**arm, "steps": 1}, OWN_MAPPING)
                 found.append({**memory, "step_s": in_fresh_process({**arm, "steps": 3})["step_s"]})
         medians = {
@@ -80,31 +82,36 @@ def in_fresh_process(arm: dict[str, Any], environment: dict[str, str] | None = N
     return found
 
 
-def measure(stage: str, overlays: list[str], use_checkpoint: bool, edge: int, steps: int) -> dict[str, float]:
+def measure(
+    stage: str, overlays: list[str], settings: dict[str, Any], steps: int, edge: int | None = None
+) -> dict[str, float]:
     """Train for a warm-up step and `steps` more, and return MB and the median of the seconds a step.
 
     Args:
         stage: "autoencoder" or "diffusion".
-        overlays: of the bundle.
-        use_checkpoint: the bundle's setting.
-        edge: of the cubic input.
+        overlays, settings: of the bundle.
         steps: at least 1.
+        edge: of the cubic input, voxels or latent cells; None: of `crop_to`.
     """
     import torch
     from ignite.engine import Engine
 
     from latdiff3d import config
+    from latdiff3d.simulated_memory import NETWORKS, random_batch
 
-    settings: dict[str, Any] = {"use_checkpoint": use_checkpoint}
     if stage == "diffusion":
-        settings["first_stage_codec"] = "@codec"  # an untrained one: the step's batches are latents already
+        settings = {**settings, "first_stage_codec": "@codec"}  # an untrained one: its batches are latents already
     parser = config.training_workflow(overlays, settings, stage).parser
+    if edge is not None:
+        factor = parser.get_parsed_content("codec").factor if stage == "diffusion" else 1
+        parser = config.training_workflow(overlays, {**settings, "crop_to": [edge * factor] * 3}, stage).parser
     device = parser.get_parsed_content("device")
     torch.manual_seed(0)
     bare = memory_now(device)
     step = parser.get_parsed_content("train::step")
     networks = [parser.get_parsed_content(name) for name in NETWORKS[stage]]
-    batch = random_batch(stage, edge, parser)
+    average = copy.deepcopy(networks[0]) if "ema" in parser["train"] else None  # whose handler would ask for the data
+    batch = random_batch(stage, parser)
     engine = Engine(step)
     engine.state.iteration = LATE
 
@@ -120,28 +127,12 @@ def measure(stage: str, overlays: list[str], use_checkpoint: bool, edge: int, st
         if warmed_up:
             seconds.append(time.perf_counter() - begun)
     peak = highest_memory(device)
+    del average
     return {
         "peak_mb": (peak - before) / MB,
         "total_mb": (peak - bare) / MB,
         "step_s": statistics.median(seconds),
     }
-
-
-NETWORKS = {"autoencoder": ["autoencoder", "discriminator"], "diffusion": ["denoiser"]}
-
-
-def random_batch(stage: str, edge: int, parser: Any) -> dict[str, Any]:
-    """Return a batch as the stage's step takes it, of the configured size and channels."""
-    import torch
-
-    num, shape = parser.get_parsed_content("batch_size"), (edge,) * 3
-    if stage == "autoencoder":
-        image = torch.rand(num, parser.get_parsed_content("num_channels"), *shape)
-        return {"image": image, "valid": torch.ones(num, 1, *shape)}
-    mean = torch.randn(num, parser.get_parsed_content("latent_channels"), *shape)
-    voxels = [edge * parser.get_parsed_content("codec").factor] * 3
-    mask = torch.randint(parser.get_parsed_content("num_classes"), (num, 1, *voxels), dtype=torch.uint8)
-    return {"mean": mean, "std": torch.full_like(mean, 0.1), "mask": mask}
 
 
 def memory_now(device: Any) -> int:

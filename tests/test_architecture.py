@@ -14,8 +14,8 @@ FLOORS = [
     {"demo"},
     {"synthesis", "runs"},
     {"checkpointing"},
-    {"segmentation", "quality", "synthesizer"},
-    {"training", "latents", "latent_cache", "quality_page"},
+    {"segmentation", "quality", "synthesizer", "planning"},
+    {"training", "latents", "latent_cache", "quality_page", "simulated_memory"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
