@@ -28,7 +28,8 @@ FLOORS = [
     {"skipping"},
     {"checks", "norms", "batches"},
     {"readers"},
-    {"datalist", "phantoms"},
+    {"datalist"},
+    {"layouts", "phantoms"},
     {"devices", "distributed", "compilation"},
     {"errors"},
 ]
