@@ -18,6 +18,7 @@ from latdiff3d.checkpointing import Run
 from latdiff3d.codec import LatentCodec
 from latdiff3d.errors import DivergedError, InputError, InputExit, place_error, root_input_error
 from latdiff3d.interruption import stopping_on_signals
+from latdiff3d.settings import check_settings
 
 CONFIG_FILE = "config.yaml"
 LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broken pipe"
@@ -42,7 +43,7 @@ def begin(*files: str) -> None:
         if not all((folder / file).is_file() for file in files):
             raise InputError(f"bundle_root is {resolved['bundle_root']!r}; expected the bundle's folder.")
         config.refuse_unknown_keys(resolved, config.merged(folder / file for file in files), "the configuration")
-        config.check_settings(resolved)
+        check_settings(resolved)
         set_determinism(int(resolved["seed"]), use_deterministic_algorithms=None)
         distributed.start()
 

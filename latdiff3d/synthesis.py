@@ -14,12 +14,13 @@ from monai.transforms import Compose
 from latdiff3d import checkpoints
 from latdiff3d.compilation import compiled
 from latdiff3d.conditioning import Condition, MaskCondition
-from latdiff3d.config import check_settings, refuse_unknown_keys
+from latdiff3d.config import refuse_unknown_keys
 from latdiff3d.covariates import SPACING, Covariates
 from latdiff3d.devices import device
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.networks import downsampling
+from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
 from latdiff3d.volumes import (
     ModelGrid,
