@@ -18,7 +18,8 @@ from latdiff3d.evaluation import ContrastAgreement, contrast_sign_agreement
 from latdiff3d.fidelity import psnr
 from latdiff3d.figures import ContactRow, contact_sheet
 from latdiff3d.phantoms import write_phantoms
-from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of, sample_to_folder
+from latdiff3d.sample_folders import sample_to_folder
+from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of
 
 OVERLAY = CONFIG_FOLDER / "demo.yaml"
 LABEL_NAMES = {1: "necrotic core", 2: "oedema", 3: "enhancing rim"}

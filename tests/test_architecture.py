@@ -12,6 +12,7 @@ ROOT = Path(latdiff3d.__file__).parent
 FLOORS = [
     {"cli"},
     {"demo"},
+    {"sample_folders"},
     {"synthesis", "runs"},
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer"},
