@@ -76,6 +76,12 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
+# Settings of a part that is there only where another setting, the first here, has the value behind it.
+USED_ONLY_WITH = {
+    "condition_encoder_def": ("conditioning", "encoder"),
+    "encoded_channels": ("conditioning", "encoder"),
+}
+
 
 def check_settings(resolved: Mapping[str, Any]) -> None:
     """Refuse a plain setting that is not what it must be, and validation that would never happen.
@@ -88,9 +94,34 @@ def check_settings(resolved: Mapping[str, Any]) -> None:
     """
     for key, (is_fine, expected) in EXPECTED.items():
         value = resolved.get(key)
-        is_expression = isinstance(value, str) and value[:1] in ("$", "@", "%")
-        if key in resolved and not is_expression and not is_fine(value):
+        if key in resolved and not is_expression(value) and not is_fine(value):
             raise InputError(f"{key} is {value!r}; expected {expected}.")
     interval, epochs = resolved.get("val_interval"), resolved.get("max_epochs")
     if isinstance(interval, int) and isinstance(epochs, int) and interval > epochs:
         raise InputError(f"val_interval {interval} is above max_epochs {epochs}; expected a validation before the end.")
+
+
+def refuse_unused(resolved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a setting that was changed where another one, as it is, leaves it unused.
+
+    Args:
+        resolved: a stage's whole configuration, as for `check_settings`.
+        own: the bundle's, without overlays and without what the command line set.
+
+    Raises:
+        InputError: naming the setting, and the other one with the value that it needs.
+    """
+    for key, (switch, needed) in USED_ONLY_WITH.items():
+        value, found, usual = resolved.get(switch), resolved.get(key), own.get(key)
+        if found == usual or value == needed or is_expression(value):
+            continue
+        if isinstance(found, dict) and isinstance(usual, dict):
+            key += "::" + next(part for part in [*found, *usual] if found.get(part) != usual.get(part))
+        raise InputError(
+            f"{key} is set, and with {switch} {value!r} nothing uses it; set {switch}={needed}, or leave {key} out."
+        )
+
+
+def is_expression(value: Any) -> bool:
+    """Say whether MONAI evaluates a setting, or looks it up, rather than take it as it is."""
+    return isinstance(value, str) and value[:1] in ("$", "@", "%")

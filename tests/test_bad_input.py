@@ -236,6 +236,13 @@ SETTINGS = [
         {"mask_mode": "both"},
         r"mask mode 'both' is unknown; expected fine or coarse",
     ),
+    (
+        "an encoder that nothing asks",
+        "diffusion",
+        {"condition_encoder_def__channels": 16},
+        r"condition_encoder_def::channels is set, and with conditioning 'concat' nothing uses it; set "
+        r"conditioning=encoder, or leave condition_encoder_def::channels out\.",
+    ),
     ("an unknown layout", "autoencoder", {"layout": "bids"}, r"layout 'bids' is unknown; expected auto, brats"),
     ("an unknown reduction", "autoencoder", {"loss__kl_reduction": "avg"}, r"kl_reduction is 'avg'"),
     ("percentiles the wrong way round", "autoencoder", {"intensity_percentiles": [99, 1]}, r"no percentiles"),

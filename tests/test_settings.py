@@ -4,7 +4,7 @@ import pytest
 
 from latdiff3d.config import DEFAULT_BUNDLE, STAGE_FILES, bundle_files, merged
 from latdiff3d.errors import InputError
-from latdiff3d.settings import EXPECTED, check_settings
+from latdiff3d.settings import EXPECTED, USED_ONLY_WITH, check_settings, refuse_unused
 
 BAD_SETTINGS = {
     "batch_size": [0, -1, 2.5, True, "two", None, [2]],
@@ -77,3 +77,39 @@ def test_a_validation_that_would_never_happen_is_told():
 @pytest.mark.parametrize("stage", STAGE_FILES)
 def test_the_bundles_own_settings_pass(stage):
     check_settings(merged(bundle_files(DEFAULT_BUNDLE, stage)))
+
+
+# Settings that nothing uses
+
+
+@pytest.fixture
+def own():
+    return merged(bundle_files(DEFAULT_BUNDLE, "diffusion"))
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "scalar", "none"])
+@pytest.mark.parametrize(
+    ("key", "changed", "named"),
+    [
+        ("condition_encoder_def", {"channels": 64}, "condition_encoder_def::channels"),
+        ("condition_encoder_def", {"norm_num_groups": 4}, "condition_encoder_def::norm_num_groups"),
+        ("condition_encoder_def", {"_target_": "torch.nn.Conv3d"}, "condition_encoder_def::_target_"),
+        ("encoded_channels", 4, "encoded_channels"),
+    ],
+)
+def test_what_is_set_for_an_encoder_that_is_not_there_is_refused(own, conditioning, key, changed, named):
+    value = {**own[key], **changed} if isinstance(changed, dict) else changed
+    resolved = {**own, "conditioning": conditioning, key: value}
+    with pytest.raises(InputError) as error:
+        refuse_unused(resolved, own)
+    assert str(error.value) == (
+        f"{named} is set, and with conditioning {conditioning!r} nothing uses it; set conditioning=encoder, or leave "
+        f"{named} out."
+    )
+    refuse_unused({**resolved, "conditioning": "encoder"}, own)
+
+
+def test_what_the_bundle_itself_sets_is_no_users_mistake(own):
+    for conditioning in ("concat", "none", "encoder"):
+        refuse_unused({**own, "conditioning": conditioning}, own)
+    assert set(USED_ONLY_WITH) <= set(own) and {switch for switch, _ in USED_ONLY_WITH.values()} <= set(own)
