@@ -16,6 +16,7 @@ import yaml
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 
 from latdiff3d.errors import InputError
+from latdiff3d.settings import is_expression
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_BUNDLE = REPOSITORY / "bundles" / "brats_mask_ldm"
@@ -106,7 +107,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return a YAML file's mapping.
 
     Raises:
-        InputError: missing, or not a mapping.
+        InputError: missing, or not a mapping of settings' names.
     """
     try:
         content = yaml.load(Path(path).read_text(), _Loader)
@@ -116,6 +117,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; expected `key: value` lines.")
+    for key in content or {}:
+        if not isinstance(key, str):
+            raise InputError(
+                f"{path} has the key {key!r}, a {type(key).__name__}; expected a setting's name, as in max_epochs: 20."
+            )
     return content or {}
 
 
@@ -147,7 +153,7 @@ def merged(files: Iterable[str | Path]) -> dict[str, Any]:
 
 
 def refuse_unknown_keys(content: Mapping[str, Any], base: Mapping[str, Any], source: str) -> None:
-    """Refuse a key that `base` lacks, and an argument that a component put in place of another does not take.
+    """Refuse a key that `base` lacks, an argument that a new component does not take, and a plain value for either.
 
     Args:
         content: an overlay, its keys possibly joined by `::`.
@@ -155,10 +161,11 @@ def refuse_unknown_keys(content: Mapping[str, Any], base: Mapping[str, Any], sou
         source: what to call the overlay.
 
     Raises:
-        InputError: naming the key and the nearest known one.
+        InputError: naming the key and the nearest known one, or what was found in place of settings or components.
     """
     for joined, value in content.items():
         node = _node(base, joined, source)
+        _refuse_plain_value(value, node, joined, source)
         if _changes_leaves(value, node):
             refuse_unknown_keys({f"{joined}{SEPARATOR}{key}": child for key, child in value.items()}, base, source)
         elif isinstance(value, dict) and isinstance(value.get("_target_"), str):
@@ -172,6 +179,19 @@ def _node(base: Mapping[str, Any], joined: str, source: str) -> Any:
         node = _child(node, key, parents, source)
         parents.append(key)
     return node
+
+
+def _refuse_plain_value(value: Any, node: Any, joined: str, source: str) -> None:
+    """Refuse `value` in place of settings or components, unless it is null, an expression or the like of them."""
+    if isinstance(node, dict):
+        expected, parts = "a mapping, or one of its settings", [key for key in node if key != "_target_"]
+    elif isinstance(node, list) and any(isinstance(part, dict) for part in node):
+        expected, parts = "a list of components, or a change to one", ["0"]
+    else:
+        return
+    if value is not None and not is_expression(value) and not isinstance(value, type(node)):
+        example = f", such as {joined}{SEPARATOR}{parts[0]}" if parts else ""
+        raise InputError(f"{source} sets {joined} to {value!r:.80}; expected {expected}{example}.")
 
 
 def _changes_leaves(value: Any, node: Any) -> bool:
@@ -194,7 +214,7 @@ def _refuse_unknown_arguments(component: Mapping[str, Any], joined: str, source:
     known = _parameters(found)
     for key in component:
         if known is not None and key not in ConfigComponent.non_arg_keys:
-            _child(known, key, [joined], source)
+            _child(known, str(key), [joined], source)
 
 
 def _parameters(component: Callable[..., Any]) -> dict[str, None] | None:

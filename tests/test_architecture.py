@@ -18,11 +18,12 @@ FLOORS = [
     {"segmentation", "quality", "synthesizer"},
     {"training", "latents", "latent_cache", "quality_page"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
-    | {"mask_fidelity", "interruption", "settings"},
+    | {"mask_fidelity", "interruption"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
+    {"settings"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"coarse_masks", "updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},

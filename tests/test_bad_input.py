@@ -197,6 +197,18 @@ SETTINGS = [
         r"unknown key loss::disc_strat; did you mean loss::disc_start\?",
     ),
     (
+        "a number in place of a component",
+        "autoencoder",
+        {"loss": 3},
+        r"the command line sets loss to 3; expected a mapping, or one of its settings, such as loss::reconstruction\.",
+    ),
+    (
+        "a number in place of components",
+        "autoencoder",
+        {"preprocessing": 3},
+        r"sets preprocessing to 3; expected a list of components, or a change to one, such as preprocessing::0",
+    ),
+    (
         "a key of the other stage",
         "diffusion",
         {"loss__disc_start": 3},
@@ -416,6 +428,9 @@ def test_an_overlay_that_is_not_there_or_holds_an_unknown_key_is_told(tiny_runs,
     assert "cannot read the configuration nowhere.yaml" in refused(run_here(*words, "nowhere.yaml"))
     line = refused(run_here(*words, tmp_path / "mine.yaml"))
     assert "mine.yaml sets the unknown key crop_too; did you mean crop_to?" in line
+    (tmp_path / "numbers.yaml").write_text("3: 4\n")
+    line = refused(run_here(*words, tmp_path / "numbers.yaml"))
+    assert "numbers.yaml has the key 3, a int; expected a setting's name, as in max_epochs: 20." in line
     assert not (tmp_path / "runs").exists()
 
 

@@ -59,6 +59,35 @@ def test_an_unknown_key_is_named_with_the_nearest(base, content, named):
     assert named in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"loss": 3}, "loss to 3; expected a mapping, or one of its settings, such as loss::reconstruction."),
+        ({"loss": [1]}, "loss to [1]; expected a mapping, or one of its settings"),
+        ({"train": "all"}, "train to 'all'; expected a mapping, or one of its settings, such as train::preprocessing."),
+        (
+            {"train": {"optimizer": 1}},
+            "train::optimizer to 1; expected a mapping, or one of its settings, such as train::optimizer::params",
+        ),
+        ({"padding::0": False}, "padding::0 to False; expected a mapping, or one of its settings"),
+        (
+            {"padding": {"keys": "image"}},
+            "padding to {'keys': 'image'}; expected a list of components, or a change to one, such as padding::0.",
+        ),
+        ({"+train::handlers": 1}, "+train::handlers to 1; expected a list of components"),
+    ],
+)
+def test_a_plain_value_in_place_of_settings_or_components_is_refused(base, content, named):
+    with pytest.raises(InputError) as error:
+        config.refuse_unknown_keys(content, base, "mine.yaml")
+    assert f"mine.yaml sets {named}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["@teacher", "$torch.nn.L1Loss()", "%elsewhere.yaml::loss", None])
+def test_an_expression_or_null_may_take_the_place_of_a_component(base, value):
+    config.refuse_unknown_keys({"loss": value}, base, "mine.yaml")
+
+
 def test_known_keys_in_every_spelling_pass(base):
     config.refuse_unknown_keys(
         {
@@ -208,6 +237,10 @@ def test_a_missing_overlay_is_told():
         ("a: [1, 2\n", "is not YAML"),
         ("- 1\n- 2\n", "holds a list; expected `key: value` lines"),
         ("3\n", "holds a int"),
+        ("3: 4\n", "mine.yaml has the key 3, a int; expected a setting's name, as in max_epochs: 20"),
+        ("on: 4\n", "mine.yaml has the key True, a bool; expected a setting's name"),
+        ("loss: {3: 4}\n", r"mine.yaml sets the unknown key loss::3; known here"),
+        ("loss: {_target_: torch.nn.L1Loss, 3: 4}\n", r"mine.yaml sets the unknown key loss::3; known here"),
     ],
 )
 def test_an_overlay_that_is_no_mapping_is_told_in_one_line(overlay, text, words):
