@@ -257,6 +257,18 @@ SETTINGS = [
     ),
     ("an unknown layout", "autoencoder", {"layout": "bids"}, r"layout 'bids' is unknown; expected auto, brats"),
     ("an unknown reduction", "autoencoder", {"loss__kl_reduction": "avg"}, r"kl_reduction is 'avg'"),
+    (
+        "a start in words",
+        "autoencoder",
+        {"loss__disc_start": "soon"},
+        r"disc_start is 'soon'; expected a whole number of updates from 0 on, such as 100\.",
+    ),
+    (
+        "a weight in words",
+        "autoencoder",
+        {"loss__kl_weight": "small"},
+        r"kl_weight is 'small'; expected a number from 0 on, such as 0\.1\.",
+    ),
     ("percentiles the wrong way round", "autoencoder", {"intensity_percentiles": [99, 1]}, r"no percentiles"),
     ("a GPU that is not there", "autoencoder", {"gpus": "7,"}, r"gpus is '7,', but \d+ GPUs are visible"),
     ("a modality that no case has", "autoencoder", {"modalities": ["pet"]}, r"lacks phantom_0000_pet\.nii\.gz"),
