@@ -19,6 +19,14 @@ def _are_numbers(value: Any, length: int) -> bool:
     return isinstance(value, list) and len(value) == length and all(isinstance(v, (int, float)) for v in value)
 
 
+def _is_only_name(value: Any, names: list[Any]) -> bool:
+    return isinstance(value, str) and names.count(value) == 1
+
+
+def _is_only_label(value: Any, labels: list[Any]) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and labels.count(value) == 1
+
+
 # What a plain setting must be, for those whose mistakes would otherwise surface late, or never.
 EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (_is_count, "a whole number from 1 on"),
@@ -62,12 +70,12 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
     "first_stage": (lambda value: isinstance(value, str), "a checkpoint or a run's folder"),
     "modalities": (
-        lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value),
-        "a list of names, such as [flair, t1, t1ce, t2]",
+        lambda value: isinstance(value, list) and bool(value) and all(_is_only_name(v, value) for v in value),
+        "a list of names, each once, such as [flair, t1, t1ce, t2]",
     ),
     "labels": (
-        lambda value: isinstance(value, list) and value[:1] == [0] and all(isinstance(v, int) for v in value),
-        "a list of whole numbers that begins with the background's 0, such as [0, 1, 2, 4]",
+        lambda value: isinstance(value, list) and value[:1] == [0] and all(_is_only_label(v, value) for v in value),
+        "a list of whole numbers, each once, that begins with the background's 0, such as [0, 1, 2, 4]",
     ),
     "intensity_percentiles": (lambda value: _are_numbers(value, 2), "two percentiles, such as [0, 99.5]"),
     "spacing": (

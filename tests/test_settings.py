@@ -32,8 +32,8 @@ BAD_SETTINGS = {
     "seed": [-1, 0.5, "x"],
     "learning_rate": [0, -1e-3, "fast", None],
     "first_stage": [3, None],
-    "modalities": [[], "t1", [1], None],
-    "labels": [[], [1, 2, 4], 3, [0, 0.5], "0,1,2"],
+    "modalities": [[], "t1", [1], None, ["t1", "t1"]],
+    "labels": [[], [1, 2, 4], 3, [0, 0.5], "0,1,2", [0, 1, 1], [0, 0], [0, True]],
     "intensity_percentiles": [99, [99], [0, "max"]],
     "spacing": [2, [1, 1], [1, 1, 0], [1, 1, "x"], "1,1,1"],
 }
