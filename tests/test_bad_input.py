@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY, as_words, refused, run_here, run_process, train_here
+from conftest import TINY, as_words, reference_sampler, refused, run_here, run_process, train_here
 
 from latdiff3d import checkpoints, config
 
@@ -569,13 +569,6 @@ def test_a_file_in_the_way_of_the_volumes_is_told(tiny_runs, tmp_path):
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def reference_program():
-    """inference/sample.py's `main` behind its door."""
-    import runpy
-
-    runpy.run_path(str(REPOSITORY / "inference" / "sample.py"), run_name="__main__")
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -588,7 +581,7 @@ def reference_program():
 def test_the_reference_sampler_tells_bad_options_in_one_line(tiny_runs, tmp_path, options, words):
     mask = part(tiny_runs.data, "seg")
     ended = run_here(
-        "-r", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path / "out", *options, program=reference_program
+        "-r", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path / "out", *options, program=reference_sampler
     )
     line = refused(ended)
     assert re.search(words, line), line

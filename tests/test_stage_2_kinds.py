@@ -7,7 +7,7 @@ from dataclasses import replace
 import nibabel
 import pytest
 import torch
-from conftest import REPOSITORY, refused, run_here, train_here
+from conftest import REPOSITORY, reference_sampler, refused, run_here, train_here
 from monai.inferers import LatentDiffusionInferer
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import nn
@@ -184,6 +184,26 @@ def test_classes_and_numbers_train_and_sample_without_masks(classes, tmp_path):
     assert ended.code == 0, ended.err
     [sidecar] = tmp_path.rglob("*.json")
     assert json.loads(sidecar.read_text())["Covariates"] == {"age": 60.0, "sex": "F"}
+
+
+def test_the_reference_sampler_takes_covariates_too(classes, tmp_path):
+    words = ("--covariate", "age=60", "--guidance", "2", "--seed", "3")
+    for folder, start, program in (
+        ("theirs", ("-r", classes[0]), {"program": reference_sampler}),
+        ("ours", ("sample", "--model", classes[0]), {}),
+    ):
+        ended = run_here(*start, "--out", tmp_path / folder, *words, **program)
+        assert ended.code == 0, ended.err
+    [sidecar] = (tmp_path / "theirs").rglob("*.json")
+    assert json.loads(sidecar.read_text())["Covariates"] == {"age": 60.0, "sex": None}
+    theirs, ours = (
+        [nibabel.load(file).get_fdata() for file in sorted((tmp_path / folder).rglob("*.nii.gz"))]
+        for folder in ("theirs", "ours")
+    )
+    assert len(theirs) == 4 and all((one == other).all() for one, other in zip(theirs, ours, strict=True))
+    words = ("-r", classes[0], "--out", tmp_path / "no", "--covariate", "agee=60")
+    assert "no covariate 'agee'; it knows age, sex" in refused(run_here(*words, program=reference_sampler))
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_is_known_changes_a_volume_and_nothing_known_is_the_null(classes):
