@@ -10,8 +10,9 @@ import numpy as np
 from monai.config import NdarrayOrTensor
 from monai.utils import convert_to_numpy
 
-from latdiff3d.datalist import Case, raise_first
+from latdiff3d.datalist import raise_first
 from latdiff3d.errors import InputError
+from latdiff3d.layouts import Case
 from latdiff3d.readers import Header, file_label, read_header, shape_problem, size_text
 
 # Two grids whose corners lie closer than this are one: float32 headers round a 250 mm field of view to 1e-5 mm.

@@ -137,7 +137,7 @@ def run_sampling(
     Raises:
         InputError: for a user's mistake.
     """
-    from latdiff3d import synthesis
+    from latdiff3d import sample_folders, synthesis
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
 
@@ -154,9 +154,9 @@ def run_sampling(
         masks: list[Any] = [case["mask"] for case in cases]
         known = [synthesis.known_of(loaded, case) | given for case in cases]
     else:
-        masks = synthesis.masks_at(mask) if mask is not None else []
+        masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    made = list(synthesis.sample_to_folder(loaded, masks, out, num_samples, seed, grid == "mask", known))
+    made = list(sample_folders.sample_to_folder(loaded, masks, out, num_samples, seed, grid == "mask", known))
     print(f"{len(made)} synthetic cases are in {out}, such as {made[0][2][0]}")
 
 

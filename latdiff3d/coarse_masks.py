@@ -7,8 +7,9 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
 
-from latdiff3d.datalist import COARSE, Case
+from latdiff3d.datalist import COARSE
 from latdiff3d.errors import InputError
+from latdiff3d.layouts import Case
 from latdiff3d.transforms import CoarseMaskd
 
 

@@ -16,7 +16,7 @@ import yaml
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 
 from latdiff3d.errors import InputError
-from latdiff3d.noise_schedules import SPACINGS, TIME_DISTRIBUTIONS
+from latdiff3d.settings import is_expression
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_BUNDLE = REPOSITORY / "bundles" / "brats_mask_ldm"
@@ -39,95 +39,6 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _are_numbers(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length and all(isinstance(v, (int, float)) for v in value)
-
-
-# What a plain setting must be, for those whose mistakes would otherwise surface late, or never.
-EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "batch_size": (_is_count, "a whole number from 1 on"),
-    "accumulate_grad_batches": (_is_count, "a whole number of batches from 1 on"),
-    "max_epochs": (_is_count, "a whole number from 1 on"),
-    "val_interval": (_is_count, "a whole number from 1 on"),
-    "encode": (lambda value: value in ("cached", "on_the_fly"), "cached or on_the_fly"),
-    "encode_memory_gb": (
-        lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
-        "GB above 0, or null for as much as it takes",
-    ),
-    "compile": (lambda value: isinstance(value, (bool, str)), "true, false or a backend's name, such as aot_eager"),
-    "flips": (
-        lambda value: isinstance(value, list) and all(_is_natural(v) and v < 3 and value.count(v) == 1 for v in value),
-        "a list of axes, each of 0, 1 and 2 at most once, such as [0]",
-    ),
-    "checkpoint_every": (_is_natural, "a whole number of steps, or 0 for none"),
-    "keep_checkpoints": (_is_count, "a whole number from 1 on"),
-    "num_fine_cases": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
-    "skip_bad_cases": (lambda value: isinstance(value, bool), "true or false"),
-    "num_workers": (_is_natural, "a whole number from 0 on"),
-    "quality_cases": (_is_natural, "a whole number from 0 on"),
-    "sampling_steps": (_is_count, "a whole number from 1 on"),
-    "time_distribution": (lambda value: value in TIME_DISTRIBUTIONS, f"one of {', '.join(TIME_DISTRIBUTIONS)}"),
-    "min_snr_gamma": (
-        lambda value: value is None or (isinstance(value, (int, float)) and value > 0),
-        "a number above 0, such as 5, or null",
-    ),
-    "sampling_spacing": (
-        lambda value: value is None or value in SPACINGS,
-        f"one of {', '.join(SPACINGS)}, or null for the sampler's own",
-    ),
-    "sampling_eta": (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number from 0 to 1"),
-    "condition_dropout": (
-        lambda value: isinstance(value, (int, float)) and 0 <= value < 1,
-        "a probability from 0 to below 1, such as 0.1",
-    ),
-    "latent_channels": (_is_count, "a whole number from 1 on"),
-    "initial_posterior_std": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
-    "seed": (_is_natural, "a whole number from 0 on"),
-    "learning_rate": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
-    "first_stage": (lambda value: isinstance(value, str), "a checkpoint or a run's folder"),
-    "modalities": (
-        lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value),
-        "a list of names, such as [flair, t1, t1ce, t2]",
-    ),
-    "labels": (
-        lambda value: isinstance(value, list) and value[:1] == [0] and all(isinstance(v, int) for v in value),
-        "a list of whole numbers that begins with the background's 0, such as [0, 1, 2, 4]",
-    ),
-    "intensity_percentiles": (lambda value: _are_numbers(value, 2), "two percentiles, such as [0, 99.5]"),
-    "spacing": (
-        lambda value: value is None or (_are_numbers(value, 3) and min(value) > 0),
-        "three sizes in mm, such as [1, 1, 1], or null",
-    ),
-}
-
-
-def check_settings(resolved: Mapping[str, Any]) -> None:
-    """Refuse a plain setting that is not what it must be, and validation that would never happen.
-
-    Args:
-        resolved: a stage's whole configuration, its expressions and references not evaluated.
-
-    Raises:
-        InputError: naming setting, value and what is expected.
-    """
-    for key, (is_fine, expected) in EXPECTED.items():
-        value = resolved.get(key)
-        is_expression = isinstance(value, str) and value[:1] in ("$", "@", "%")
-        if key in resolved and not is_expression and not is_fine(value):
-            raise InputError(f"{key} is {value!r}; expected {expected}.")
-    interval, epochs = resolved.get("val_interval"), resolved.get("max_epochs")
-    if isinstance(interval, int) and isinstance(epochs, int) and interval > epochs:
-        raise InputError(f"val_interval {interval} is above max_epochs {epochs}; expected a validation before the end.")
 
 
 def training_workflow(
@@ -196,7 +107,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return a YAML file's mapping.
 
     Raises:
-        InputError: missing, or not a mapping.
+        InputError: missing, or not a mapping of settings' names.
     """
     try:
         content = yaml.load(Path(path).read_text(), _Loader)
@@ -206,6 +117,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; expected `key: value` lines.")
+    for key in content or {}:
+        if not isinstance(key, str):
+            raise InputError(
+                f"{path} has the key {key!r}, a {type(key).__name__}; expected a setting's name, as in max_epochs: 20."
+            )
     return content or {}
 
 
@@ -237,7 +153,7 @@ def merged(files: Iterable[str | Path]) -> dict[str, Any]:
 
 
 def refuse_unknown_keys(content: Mapping[str, Any], base: Mapping[str, Any], source: str) -> None:
-    """Refuse a key that `base` lacks, and an argument that a component put in place of another does not take.
+    """Refuse a key that `base` lacks, an argument that a new component does not take, and a plain value for either.
 
     Args:
         content: an overlay, its keys possibly joined by `::`.
@@ -245,10 +161,11 @@ def refuse_unknown_keys(content: Mapping[str, Any], base: Mapping[str, Any], sou
         source: what to call the overlay.
 
     Raises:
-        InputError: naming the key and the nearest known one.
+        InputError: naming the key and the nearest known one, or what was found in place of settings or components.
     """
     for joined, value in content.items():
         node = _node(base, joined, source)
+        _refuse_plain_value(value, node, joined, source)
         if _changes_leaves(value, node):
             refuse_unknown_keys({f"{joined}{SEPARATOR}{key}": child for key, child in value.items()}, base, source)
         elif isinstance(value, dict) and isinstance(value.get("_target_"), str):
@@ -262,6 +179,19 @@ def _node(base: Mapping[str, Any], joined: str, source: str) -> Any:
         node = _child(node, key, parents, source)
         parents.append(key)
     return node
+
+
+def _refuse_plain_value(value: Any, node: Any, joined: str, source: str) -> None:
+    """Refuse `value` in place of settings or components, unless it is null, an expression or the like of them."""
+    if isinstance(node, dict):
+        expected, parts = "a mapping, or one of its settings", [key for key in node if key != "_target_"]
+    elif isinstance(node, list) and any(isinstance(part, dict) for part in node):
+        expected, parts = "a list of components, or a change to one", ["0"]
+    else:
+        return
+    if value is not None and not is_expression(value) and not isinstance(value, type(node)):
+        example = f", such as {joined}{SEPARATOR}{parts[0]}" if parts else ""
+        raise InputError(f"{source} sets {joined} to {value!r:.80}; expected {expected}{example}.")
 
 
 def _changes_leaves(value: Any, node: Any) -> bool:
@@ -284,7 +214,7 @@ def _refuse_unknown_arguments(component: Mapping[str, Any], joined: str, source:
     known = _parameters(found)
     for key in component:
         if known is not None and key not in ConfigComponent.non_arg_keys:
-            _child(known, key, [joined], source)
+            _child(known, str(key), [joined], source)
 
 
 def _parameters(component: Callable[..., Any]) -> dict[str, None] | None:

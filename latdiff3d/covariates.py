@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from latdiff3d.datalist import Case
 from latdiff3d.errors import InputError
+from latdiff3d.layouts import Case
 from latdiff3d.volumes import spacing_mm_of
 
 TABLE = "covariates.csv"

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from latdiff3d import datalist, doctor, runs
+from latdiff3d import datalist, doctor, layouts, runs
 from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.evaluation import ContrastAgreement, contrast_sign_agreement
 from latdiff3d.fidelity import psnr
 from latdiff3d.figures import ContactRow, contact_sheet
 from latdiff3d.phantoms import write_phantoms
-from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of, sample_to_folder
+from latdiff3d.sample_folders import sample_to_folder
+from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of
 
 OVERLAY = CONFIG_FOLDER / "demo.yaml"
 LABEL_NAMES = {1: "necrotic core", 2: "oedema", 3: "enhancing rim"}
@@ -77,11 +78,11 @@ def settings_for(data: Path) -> dict[str, Any]:
     """
     survey, problems = doctor.examine(data)
     datalist.raise_first(problems)
-    layout = datalist.find_layout(data)
+    layout = layouts.find_layout(data)
     num_channels = len(survey[0].intensities)
     shape = np.median([_ras_shape(row) for row in survey], axis=0)
     return {
-        "modalities": list(datalist.BRATS_MODALITIES) if layout == "brats" else [f"c{k}" for k in range(num_channels)],
+        "modalities": list(layouts.BRATS_MODALITIES) if layout == "brats" else [f"c{k}" for k in range(num_channels)],
         "labels": sorted({0}.union(*(map(int, row.labels) for row in survey))),
         "crop_to": [int(np.clip(8 * math.ceil(size / 8), SMALLEST_CROP, LARGEST_CROP)) for size in shape],
         "layout": layout,
@@ -122,7 +123,7 @@ def _train(stage: str, data: Path, logdir: Path, overlays: Sequence[Path], setti
 
 
 def _splits(data: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    modalities = settings.get("modalities", datalist.BRATS_MODALITIES)
+    modalities = settings.get("modalities", layouts.BRATS_MODALITIES)
     return datalist.split_cases(datalist.read_cases(data, modalities=modalities), data)
 
 

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from latdiff3d.checks import affine_problem, header_problems, voxel_problems
-from latdiff3d.datalist import BRATS_MODALITIES, SPLITS, Found, split_cases, survey_cases
+from latdiff3d.datalist import SPLITS, split_cases
 from latdiff3d.errors import InputError
+from latdiff3d.layouts import BRATS_MODALITIES, Found, survey_cases
 from latdiff3d.readers import Header, channel_labels, file_label, read_header, read_volume, size_text
 
 

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from latdiff3d import fingerprints
 from latdiff3d.codec import LatentCodec
-from latdiff3d.datalist import COARSE, Case
+from latdiff3d.datalist import COARSE
 from latdiff3d.distributed import num_ranks, rank, shared, together
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.latent_entries import Entry, Flip, all_flips, encoded, is_whole, read, sweep, write
+from latdiff3d.layouts import Case
 from latdiff3d.readers import read_header
 
 FORMAT = 1  # raised when an entry's layout or meaning changes

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from latdiff3d.batches import PerItem
-from latdiff3d.datalist import Case
 from latdiff3d.latent_entries import Entry, Flip, all_flips
+from latdiff3d.layouts import Case
 from latdiff3d.transforms import centred_start, random_start
 
 # What the cache holds in place of a case's files.

@@ -75,7 +75,8 @@ class AutoencoderLoss:
             reconstruction's (Esser et al. 2021, Eq. 7).
 
     Raises:
-        InputError: an unknown choice, or a perceptual weight without a network, or the reverse.
+        InputError: an unknown choice, a weight or a number of updates that is none or below 0, or a perceptual weight
+            without a network, or the reverse.
     """
 
     def __init__(
@@ -104,6 +105,16 @@ class AutoencoderLoss:
         ):
             if value not in choices:
                 raise InputError(f"{name} is {value!r}; expected {choices[0]!r} or {choices[1]!r}.")
+        _require_updates(disc_start=disc_start, disc_warmup=disc_warmup, disc_ramp=disc_ramp)
+        _require_weights(
+            kl_weight=kl_weight, codebook_weight=codebook_weight, commitment_weight=commitment_weight,
+            perceptual_weight=perceptual_weight, spectrum_weight=spectrum_weight, disc_weight=disc_weight,
+            feature_matching_weight=feature_matching_weight,
+        )  # fmt: skip
+        if not _is_number(logvar_init):
+            raise InputError(f"logvar_init is {logvar_init!r}; expected a number, such as 0.")
+        if not isinstance(adaptive_weight, bool):
+            raise InputError(f"adaptive_weight is {adaptive_weight!r}; expected true or false.")
         if (perceptual_weight > 0) != (perceptual is not None):
             found = "no" if perceptual is None else "a"
             raise InputError(
@@ -222,6 +233,22 @@ class AutoencoderLoss:
         """
         divergence = 0.5 * (mean**2 + std**2 - 1) - std.log()
         return divergence.mean() if self.kl_reduction == "mean" else divergence.sum() / len(mean)
+
+
+def _require_updates(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(f"{name} is {value!r}; expected a whole number of updates from 0 on, such as 100.")
+
+
+def _require_weights(**weights: Any) -> None:
+    for name, value in weights.items():
+        if not _is_number(value) or value < 0:
+            raise InputError(f"{name} is {value!r}; expected a number from 0 on, such as 0.1.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def masked_l1(reconstruction: torch.Tensor, image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

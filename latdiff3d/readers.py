@@ -11,8 +11,8 @@ import torch
 from monai.data import ImageReader, MetaTensor
 from monai.transforms import LoadImage
 
-from latdiff3d.datalist import VOLUME_SUFFIXES
 from latdiff3d.errors import InputError
+from latdiff3d.layouts import VOLUME_SUFFIXES
 
 CHANNEL_FILES = "channel_files"  # the metadata key of the file each channel came from
 

@@ -18,6 +18,7 @@ from latdiff3d.checkpointing import Run
 from latdiff3d.codec import LatentCodec
 from latdiff3d.errors import DivergedError, InputError, InputExit, place_error, root_input_error
 from latdiff3d.interruption import stopping_on_signals
+from latdiff3d.settings import check_settings, refuse_unused
 
 CONFIG_FILE = "config.yaml"
 LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broken pipe"
@@ -33,7 +34,7 @@ def begin(*files: str) -> None:
     """Check the configuration against the bundle's own `files`, and seed; a bundle's `initialize`.
 
     Raises:
-        InputExit: for an unknown key.
+        InputExit: for an unknown key, a setting that is not what it must be, or one that nothing would use.
     """
     parser = config.calling_parser()
     with _one_line():
@@ -41,8 +42,10 @@ def begin(*files: str) -> None:
         folder = Path(str(resolved["bundle_root"])) / "configs"
         if not all((folder / file).is_file() for file in files):
             raise InputError(f"bundle_root is {resolved['bundle_root']!r}; expected the bundle's folder.")
-        config.refuse_unknown_keys(resolved, config.merged(folder / file for file in files), "the configuration")
-        config.check_settings(resolved)
+        own = config.merged(folder / file for file in files)
+        config.refuse_unknown_keys(resolved, own, "the configuration")
+        check_settings(resolved)
+        refuse_unused(resolved, own)
         set_determinism(int(resolved["seed"]), use_deterministic_algorithms=None)
         distributed.start()
 

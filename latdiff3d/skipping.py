@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from latdiff3d.checks import header_problems, require_sound_headers
-from latdiff3d.datalist import Case
 from latdiff3d.distributed import shared
 from latdiff3d.errors import InputError, place_error, root_input_error
+from latdiff3d.layouts import Case
 
 
 def sound_cases(cases: Sequence[Case], num_channels: int, skip_bad_cases: bool) -> list[Case]:

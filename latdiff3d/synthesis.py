@@ -1,6 +1,6 @@
 """Masks in, volumes out: a trained model's checkpoint becomes something that samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,14 @@ from monai.transforms import Compose
 from latdiff3d import checkpoints
 from latdiff3d.compilation import compiled
 from latdiff3d.conditioning import Condition, MaskCondition
-from latdiff3d.config import check_settings, refuse_unknown_keys
+from latdiff3d.config import refuse_unknown_keys
 from latdiff3d.covariates import SPACING, Covariates
 from latdiff3d.devices import device
 from latdiff3d.errors import InputError
-from latdiff3d.handlers import progress_bar
 from latdiff3d.networks import downsampling
+from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
-from latdiff3d.volumes import (
-    ModelGrid,
-    case_name,
-    centred_affine,
-    mask_on_model_grid,
-    read_mask,
-    write_synthetic,
-)
+from latdiff3d.volumes import ModelGrid, centred_affine, mask_on_model_grid, read_mask
 
 # What may differ between samples of one model; all else is as it was trained.
 SAMPLING_SETTINGS = (
@@ -210,79 +203,6 @@ class Model:
         return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid, said)
 
 
-def sample_to_folder(
-    model: Model,
-    masks: Sequence[str | Path],
-    out: str | Path,
-    num_samples: int = 1,
-    seed: int = 0,
-    whole: bool = True,
-    known: Sequence[Mapping[str, Any]] = (),
-) -> Iterator[tuple[str, Sample, list[Path]]]:
-    """Write `num_samples` volumes for each mask, or in all for an unconditional model.
-
-    Args:
-        model: from `Model.load`.
-        masks: NIfTI files; none for an unconditional model.
-        out: the folder; each case gets one below it.
-        num_samples: the k-th has seed + k.
-        seed: of the first.
-        whole: write on the mask file's own grid; else on the model's, the crop alone.
-        known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
-
-    Yields:
-        case, sample and its files, as they are written.
-
-    Raises:
-        InputError: two masks of one name, or what `Model.grid_of` and `numbers_of` refuse, before any volume is made.
-    """
-    named = {case_name(mask): mask for mask in masks}
-    if len(named) != len(masks):
-        raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
-    digest = checkpoints.sha256(model.path)
-    jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
-    covariates = known or [{}] * len(jobs)
-    for (_, mask), given in zip(jobs, covariates, strict=True):
-        model.numbers_of(given, model.grid_of(mask))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with progress_bar(total=len(jobs) * num_samples, desc="sampling", unit="volume") as bar:
-        for (case, mask), given in zip(jobs, covariates, strict=True):
-            for k in range(num_samples):
-                name = case if num_samples == 1 and mask is not None else f"{case}_seed{seed + k:04d}"
-                sample = model.sample(mask, seed + k, given)
-                on_mask = sample.grid is not None and whole
-                volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
-                provenance = {
-                    "Checkpoint": {"Path": str(model.path), "SHA256": digest},
-                    "Seed": seed + k,
-                    "Sampler": model.synthesizer.sampler,
-                    "Steps": model.synthesizer.num_steps,
-                    "StepSpacing": model.synthesizer.step_spacing,
-                    "Eta": model.synthesizer.eta,
-                    "Guidance": model.synthesizer.guidance.scale,
-                    "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
-                    "Covariates": sample.known,
-                    "Units": "normalised intensity, 0 to 1",
-                }
-                labels = read_mask(mask)[0] if mask is not None and on_mask else None
-                files = write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
-                bar.update()
-                yield name, sample, files
-
-
-def masks_at(place: str | Path) -> list[Path]:
-    """Return the masks that `place` names: the file itself, or the NIfTI files of a folder, sorted.
-
-    Raises:
-        InputError: when there is none.
-    """
-    path = Path(place)
-    masks = sorted(path.glob("*.nii*")) if path.is_dir() else [path] if path.is_file() else []
-    if not masks:
-        raise InputError(f"there is no mask at {path}; expected a .nii.gz or .nii file, or a folder of them.")
-    return masks
-
-
 def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[dict[str, Any]]:
     """Return the cases of a data set's split, read as the model's configuration reads data.
 
@@ -300,6 +220,12 @@ def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[di
     return cases
 
 
+def known_of(model: Model, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a case of `cases_of_split` says of its covariates by name; its mask says the spacing."""
+    said = model.covariates.values(case["covariates"]) if len(model.covariates) else {}
+    return {name: value for name, value in said.items() if name != SPACING}
+
+
 def _check_mask_mode(chosen: Mapping[str, Any], trained: Mapping[str, Any], path: Path) -> None:
     there = trained.get("mask_mode")
     if chosen.get("mask_mode", there) != there and trained.get("num_fine_cases") is None:
@@ -307,9 +233,3 @@ def _check_mask_mode(chosen: Mapping[str, Any], trained: Mapping[str, Any], path
             f"mask_mode is {chosen['mask_mode']!r}, and {path} was trained on {there} masks alone; leave it out, or "
             "use a model that num_fine_cases trained on both."
         )
-
-
-def known_of(model: Model, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a case of `cases_of_split` says of its covariates by name; its mask says the spacing."""
-    said = model.covariates.values(case["covariates"]) if len(model.covariates) else {}
-    return {name: value for name, value in said.items() if name != SPACING}

@@ -15,7 +15,7 @@ from monai.transforms.utils import convert_applied_interp_mode, generate_spatial
 from monai.utils import convert_to_tensor
 
 from latdiff3d import __version__
-from latdiff3d.datalist import volume_stem
+from latdiff3d.layouts import volume_stem
 from latdiff3d.readers import read_header, read_volume
 
 # What every file's header says, so that a synthetic volume is never taken for a patient's; NIfTI allows 79 characters.

@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -121,6 +122,11 @@ def run_here(*words, program=latdiff3d.cli.main):
         except SystemExit as exit:
             code = exit.code or 0
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def reference_sampler():
+    """Be `inference/sample.py`, a program for `run_here`."""
+    runpy.run_path(str(REPOSITORY / "inference" / "sample.py"), run_name="__main__")
 
 
 def run_process(*words, cwd=None):

@@ -12,6 +12,7 @@ ROOT = Path(latdiff3d.__file__).parent
 FLOORS = [
     {"cli"},
     {"demo"},
+    {"sample_folders"},
     {"synthesis", "runs"},
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer", "planning"},
@@ -22,13 +23,15 @@ FLOORS = [
     | {"fingerprints", "guidance"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
+    {"settings"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"coarse_masks", "updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
     {"skipping"},
     {"checks", "norms", "batches"},
     {"readers"},
-    {"datalist", "phantoms"},
+    {"datalist"},
+    {"layouts", "phantoms"},
     {"devices", "distributed", "compilation"},
     {"errors"},
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY, as_words, refused, run_here, run_process, train_here
+from conftest import TINY, as_words, reference_sampler, refused, run_here, run_process, train_here
 
 from latdiff3d import checkpoints, config
 
@@ -197,6 +197,18 @@ SETTINGS = [
         r"unknown key loss::disc_strat; did you mean loss::disc_start\?",
     ),
     (
+        "a number in place of a component",
+        "autoencoder",
+        {"loss": 3},
+        r"the command line sets loss to 3; expected a mapping, or one of its settings, such as loss::reconstruction\.",
+    ),
+    (
+        "a number in place of components",
+        "autoencoder",
+        {"preprocessing": 3},
+        r"sets preprocessing to 3; expected a list of components, or a change to one, such as preprocessing::0",
+    ),
+    (
         "a key of the other stage",
         "diffusion",
         {"loss__disc_start": 3},
@@ -236,12 +248,31 @@ SETTINGS = [
         {"mask_mode": "both"},
         r"mask mode 'both' is unknown; expected fine or coarse",
     ),
+    (
+        "an encoder that nothing asks",
+        "diffusion",
+        {"condition_encoder_def__channels": 16},
+        r"condition_encoder_def::channels is set, and with conditioning 'concat' nothing uses it; set "
+        r"conditioning=encoder, or leave condition_encoder_def::channels out\.",
+    ),
     ("an unknown layout", "autoencoder", {"layout": "bids"}, r"layout 'bids' is unknown; expected auto, brats"),
     ("an unknown reduction", "autoencoder", {"loss__kl_reduction": "avg"}, r"kl_reduction is 'avg'"),
+    (
+        "a start in words",
+        "autoencoder",
+        {"loss__disc_start": "soon"},
+        r"disc_start is 'soon'; expected a whole number of updates from 0 on, such as 100\.",
+    ),
+    (
+        "a weight in words",
+        "autoencoder",
+        {"loss__kl_weight": "small"},
+        r"kl_weight is 'small'; expected a number from 0 on, such as 0\.1\.",
+    ),
     ("percentiles the wrong way round", "autoencoder", {"intensity_percentiles": [99, 1]}, r"no percentiles"),
     ("a GPU that is not there", "autoencoder", {"gpus": "7,"}, r"gpus is '7,', but \d+ GPUs are visible"),
     ("a modality that no case has", "autoencoder", {"modalities": ["pet"]}, r"lacks phantom_0000_pet\.nii\.gz"),
-    ("no modalities", "autoencoder", {"modalities": []}, r"modalities is \[\]; expected a list of names, such as"),
+    ("no modalities", "autoencoder", {"modalities": []}, r"modalities is \[\]; expected a list of names, each once"),
     (
         "a modality that is no list",
         "autoencoder",
@@ -252,7 +283,19 @@ SETTINGS = [
         "labels without the background",
         "autoencoder",
         {"labels": [1, 2, 4]},
-        r"labels is \[1, 2, 4\]; expected a list of whole numbers that begins with the background's 0",
+        r"labels is \[1, 2, 4\]; expected a list of whole numbers, each once, that begins with the background's 0",
+    ),
+    (
+        "a modality twice",
+        "autoencoder",
+        {"modalities": ["t1", "t1"]},
+        r"modalities is \['t1', 't1'\]; expected a list of names, each once, such as",
+    ),
+    (
+        "a label twice",
+        "autoencoder",
+        {"labels": [0, 1, 1]},
+        r"labels is \[0, 1, 1\]; expected a list of whole numbers, each once, that begins with the background's 0",
     ),
     ("labels that are no list", "autoencoder", {"labels": 4}, r"labels is 4; expected a list of whole numbers"),
     ("a spacing that is one number", "autoencoder", {"spacing": 2}, r"spacing is 2; expected three sizes in mm"),
@@ -409,6 +452,9 @@ def test_an_overlay_that_is_not_there_or_holds_an_unknown_key_is_told(tiny_runs,
     assert "cannot read the configuration nowhere.yaml" in refused(run_here(*words, "nowhere.yaml"))
     line = refused(run_here(*words, tmp_path / "mine.yaml"))
     assert "mine.yaml sets the unknown key crop_too; did you mean crop_to?" in line
+    (tmp_path / "numbers.yaml").write_text("3: 4\n")
+    line = refused(run_here(*words, tmp_path / "numbers.yaml"))
+    assert "numbers.yaml has the key 3, a int; expected a setting's name, as in max_epochs: 20." in line
     assert not (tmp_path / "runs").exists()
 
 
@@ -523,13 +569,6 @@ def test_a_file_in_the_way_of_the_volumes_is_told(tiny_runs, tmp_path):
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def reference_program():
-    """inference/sample.py's `main` behind its door."""
-    import runpy
-
-    runpy.run_path(str(REPOSITORY / "inference" / "sample.py"), run_name="__main__")
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -542,7 +581,7 @@ def reference_program():
 def test_the_reference_sampler_tells_bad_options_in_one_line(tiny_runs, tmp_path, options, words):
     mask = part(tiny_runs.data, "seg")
     ended = run_here(
-        "-r", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path / "out", *options, program=reference_program
+        "-r", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path / "out", *options, program=reference_sampler
     )
     line = refused(ended)
     assert re.search(words, line), line

@@ -59,6 +59,35 @@ def test_an_unknown_key_is_named_with_the_nearest(base, content, named):
     assert named in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"loss": 3}, "loss to 3; expected a mapping, or one of its settings, such as loss::reconstruction."),
+        ({"loss": [1]}, "loss to [1]; expected a mapping, or one of its settings"),
+        ({"train": "all"}, "train to 'all'; expected a mapping, or one of its settings, such as train::preprocessing."),
+        (
+            {"train": {"optimizer": 1}},
+            "train::optimizer to 1; expected a mapping, or one of its settings, such as train::optimizer::params",
+        ),
+        ({"padding::0": False}, "padding::0 to False; expected a mapping, or one of its settings"),
+        (
+            {"padding": {"keys": "image"}},
+            "padding to {'keys': 'image'}; expected a list of components, or a change to one, such as padding::0.",
+        ),
+        ({"+train::handlers": 1}, "+train::handlers to 1; expected a list of components"),
+    ],
+)
+def test_a_plain_value_in_place_of_settings_or_components_is_refused(base, content, named):
+    with pytest.raises(InputError) as error:
+        config.refuse_unknown_keys(content, base, "mine.yaml")
+    assert f"mine.yaml sets {named}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["@teacher", "$torch.nn.L1Loss()", "%elsewhere.yaml::loss", None])
+def test_an_expression_or_null_may_take_the_place_of_a_component(base, value):
+    config.refuse_unknown_keys({"loss": value}, base, "mine.yaml")
+
+
 def test_known_keys_in_every_spelling_pass(base):
     config.refuse_unknown_keys(
         {
@@ -92,81 +121,6 @@ def test_dots_and_colons_both_reach_a_leaf(key):
     parser = workflow(**{key: [8, 8]}).parser
     assert parser["autoencoder_def"]["channels"] == [8, 8]
     assert parser["autoencoder_def"]["_target_"] == "AutoencoderKL"
-
-
-# Plain settings
-
-BAD_SETTINGS = {
-    "batch_size": [0, -1, 2.5, True, "two", None, [2]],
-    "accumulate_grad_batches": [0, 1.5, True, None],
-    "max_epochs": [0, "many"],
-    "val_interval": [0, 1.5],
-    "encode": ["once", True, None],
-    "encode_memory_gb": [0, "much"],
-    "flips": [0, None, [3], [0, 0], [True], ["x"], [[0]]],
-    "compile": [1, None],
-    "num_fine_cases": [0, -1, 1.5, True, "few"],
-    "num_workers": [-1, "4"],
-    "skip_bad_cases": ["yes", 1, None],
-    "checkpoint_every": [-1, 0.5, None],
-    "keep_checkpoints": [0, "2"],
-    "time_distribution": ["normal"],
-    "min_snr_gamma": [0, "five"],
-    "sampling_spacing": ["leading"],
-    "sampling_eta": [-0.1, 1.5, "some"],
-    "condition_dropout": [-0.1, 1],
-    "sampling_steps": [0, 2.5],
-    "quality_cases": [-1, 2.5],
-    "latent_channels": [0, "four"],
-    "initial_posterior_std": [0, "small", None],
-    "seed": [-1, 0.5, "x"],
-    "learning_rate": [0, -1e-3, "fast", None],
-    "first_stage": [3, None],
-    "modalities": [[], "t1", [1], None],
-    "labels": [[], [1, 2, 4], 3, [0, 0.5], "0,1,2"],
-    "intensity_percentiles": [99, [99], [0, "max"]],
-    "spacing": [2, [1, 1], [1, 1, 0], [1, 1, "x"], "1,1,1"],
-}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, values in BAD_SETTINGS.items() for value in values], ids=str
-)
-def test_a_bad_plain_setting_is_told_with_what_is_expected(key, value):
-    with pytest.raises(InputError) as error:
-        config.check_settings({key: value})
-    assert str(error.value) == f"{key} is {value!r}; expected {config.EXPECTED[key][1]}."
-
-
-def test_every_expectation_is_tested_and_is_a_key_of_the_bundle():
-    assert set(BAD_SETTINGS) == set(config.EXPECTED)
-    keys = {key for stage in STAGES for key in config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage))}
-    assert set(config.EXPECTED) <= keys
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"batch_size": 1, "seed": 0, "learning_rate": 1, "flips": [], "num_workers": 0, "first_stage": ""},
-        {"spacing": None, "encode_memory_gb": None, "encode": "on_the_fly", "flips": [2, 0]},
-        {"spacing": [1, 1.5, 3], "labels": [0], "modalities": ["t1"], "intensity_percentiles": [0.5, 99.5]},
-        {"max_epochs": 3, "val_interval": 3},
-        {"batch_size": "@train::size", "max_epochs": "$2 * 3", "val_interval": "%other.yaml::val_interval"},
-    ],
-)
-def test_good_settings_and_expressions_pass(settings):
-    config.check_settings(settings)
-
-
-def test_a_validation_that_would_never_happen_is_told():
-    with pytest.raises(InputError, match="val_interval 4 is above max_epochs 3; expected a validation before the end"):
-        config.check_settings({"max_epochs": 3, "val_interval": 4})
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_bundles_own_settings_pass(stage):
-    config.check_settings(config.merged(config.bundle_files(config.DEFAULT_BUNDLE, stage)))
 
 
 # Overlays
@@ -283,6 +237,10 @@ def test_a_missing_overlay_is_told():
         ("a: [1, 2\n", "is not YAML"),
         ("- 1\n- 2\n", "holds a list; expected `key: value` lines"),
         ("3\n", "holds a int"),
+        ("3: 4\n", "mine.yaml has the key 3, a int; expected a setting's name, as in max_epochs: 20"),
+        ("on: 4\n", "mine.yaml has the key True, a bool; expected a setting's name"),
+        ("loss: {3: 4}\n", r"mine.yaml sets the unknown key loss::3; known here"),
+        ("loss: {_target_: torch.nn.L1Loss, 3: 4}\n", r"mine.yaml sets the unknown key loss::3; known here"),
     ],
 )
 def test_an_overlay_that_is_no_mapping_is_told_in_one_line(overlay, text, words):

@@ -18,6 +18,7 @@ from latdiff3d.demo import settings_for
 from latdiff3d.errors import InputError
 from latdiff3d.networks import check_discriminator
 from latdiff3d.phantoms import write_phantoms
+from latdiff3d.settings import check_settings
 
 
 def write_decathlon(root, shape=(18, 20, 17), num_channels=1, affine=None):
@@ -60,7 +61,7 @@ def test_a_decathlon_data_set_has_as_many_channels_as_its_files(tmp_path, num_ch
 
 def test_what_is_found_out_is_what_the_configuration_takes(phantoms, tmp_path):
     for data in (phantoms, write_decathlon(tmp_path)):
-        config.check_settings(settings_for(data))
+        check_settings(settings_for(data))
 
 
 def test_a_crop_is_no_larger_than_the_demo_can_train(tmp_path):

@@ -238,6 +238,15 @@ def test_the_adaptive_weight_counts_the_perceptual_pull_too():
         ({"adversarial": "wasserstein"}, "adversarial is 'wasserstein'; expected 'hinge' or 'least_squares'"),
         ({"perceptual_weight": 1.0}, "perceptual_weight is 1.0 and there is no perceptual network; give both"),
         ({"perceptual": nn.MSELoss()}, "perceptual_weight is 0.0 and there is a perceptual network; give both"),
+        ({"perceptual_weight": "some"}, "perceptual_weight is 'some'; expected a number from 0 on, such as 0.1"),
+        ({"disc_weight": -0.1}, "disc_weight is -0.1; expected a number from 0 on"),
+        ({"kl_weight": math.nan}, "kl_weight is nan; expected a number from 0 on"),
+        ({"spectrum_weight": True}, "spectrum_weight is True; expected a number from 0 on"),
+        ({"disc_start": "soon"}, "disc_start is 'soon'; expected a whole number of updates from 0 on, such as 100"),
+        ({"disc_warmup": 0.5}, "disc_warmup is 0.5; expected a whole number of updates from 0 on"),
+        ({"disc_ramp": -1}, "disc_ramp is -1; expected a whole number of updates from 0 on"),
+        ({"logvar_init": None}, "logvar_init is None; expected a number, such as 0"),
+        ({"adaptive_weight": "yes"}, "adaptive_weight is 'yes'; expected true or false"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(setting, line):

@@ -2,17 +2,19 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import nibabel
 import pytest
 import torch
-from conftest import REPOSITORY, refused, run_here, train_here
+import yaml
+from conftest import REPOSITORY, reference_sampler, refused, run_here, train_here
 from monai.inferers import LatentDiffusionInferer
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
-from latdiff3d import samplers
+from latdiff3d import checkpoints, samplers
 from latdiff3d.conditioning import Condition
 from latdiff3d.covariates import Covariates
 from latdiff3d.guidance import Guidance
@@ -186,6 +188,26 @@ def test_classes_and_numbers_train_and_sample_without_masks(classes, tmp_path):
     assert json.loads(sidecar.read_text())["Covariates"] == {"age": 60.0, "sex": "F"}
 
 
+def test_the_reference_sampler_takes_covariates_too(classes, tmp_path):
+    words = ("--covariate", "age=60", "--guidance", "2", "--seed", "3")
+    for folder, start, program in (
+        ("theirs", ("-r", classes[0]), {"program": reference_sampler}),
+        ("ours", ("sample", "--model", classes[0]), {}),
+    ):
+        ended = run_here(*start, "--out", tmp_path / folder, *words, **program)
+        assert ended.code == 0, ended.err
+    [sidecar] = (tmp_path / "theirs").rglob("*.json")
+    assert json.loads(sidecar.read_text())["Covariates"] == {"age": 60.0, "sex": None}
+    theirs, ours = (
+        [nibabel.load(file).get_fdata() for file in sorted((tmp_path / folder).rglob("*.nii.gz"))]
+        for folder in ("theirs", "ours")
+    )
+    assert len(theirs) == 4 and all((one == other).all() for one, other in zip(theirs, ours, strict=True))
+    words = ("-r", classes[0], "--out", tmp_path / "no", "--covariate", "agee=60")
+    assert "no covariate 'agee'; it knows age, sex" in refused(run_here(*words, program=reference_sampler))
+    assert not (tmp_path / "no").exists()
+
+
 def test_what_is_known_changes_a_volume_and_nothing_known_is_the_null(classes):
     model = Model.load(classes[0])
     model.synthesizer = synthesizer_of(classes[0])
@@ -229,6 +251,43 @@ def test_what_no_model_knows_is_one_line(words, line, classes, tmp_path):
 def test_a_model_without_covariates_takes_none(tiny_runs, tmp_path):
     mask = sorted(tiny_runs.data.glob("*/*_seg.nii.gz"))[0]
     words = ("--model", tiny_runs.diffusion, "--mask", mask, "--out", tmp_path, "--covariate", "age=60")
+    assert "the model has no covariate 'age'; it knows none. Leave it out." in refused(run_here("sample", *words))
+
+
+@pytest.fixture(scope="module")
+def before_covariates(tiny_runs, tmp_path_factory):
+    """Return the tiny run's checkpoint with a configuration as it was recorded before there were covariates."""
+    content = checkpoints.load(tiny_runs.diffusion / "checkpoints" / "best.pt")
+    config = yaml.safe_load(content["config"])
+    for key in ("covariates", "known_covariates", "described_cases"):
+        del config[key]
+    config["all_splits"]["cases"] = "@sound_cases"
+    config["conditioned"]["denoiser"] = "@denoiser_def"
+    config["guided"]["condition_dropout"] = "$@condition_dropout if @conditioning != 'none' else 0"
+    config["train"]["check"] = [line for line in config["train"]["check"] if "covariates" not in line]
+    assert not re.search("covariate|described", yaml.safe_dump(config))
+    path = tmp_path_factory.mktemp("before_covariates") / "earlier.pt"
+    checkpoints.save(path, {**content, "config": yaml.safe_dump(config)})
+    return path
+
+
+@pytest.mark.parametrize("source", ["mask", "data"])
+def test_a_model_from_before_covariates_samples_as_ever(source, before_covariates, tiny_runs, tmp_path):
+    place = {"mask": tiny_runs.data / "phantom_0004" / "phantom_0004_seg.nii.gz", "data": tiny_runs.data}[source]
+    for name, model in (("earlier", before_covariates), ("now", tiny_runs.diffusion)):
+        words = ("--model", model, f"--{source}", place, "--out", tmp_path / name, "--seed", "3", "--guidance", "2")
+        ended = run_here("sample", *words)
+        assert ended.code == 0, ended.err
+    earlier, now = (sorted((tmp_path / name).rglob("*.nii.gz")) for name in ("earlier", "now"))
+    assert [file.name for file in earlier] == [file.name for file in now] and len(now) >= 4
+    for one, other in zip(earlier, now, strict=True):
+        assert (nibabel.load(one).get_fdata() == nibabel.load(other).get_fdata()).all()
+    [sidecar, *_] = (tmp_path / "earlier").rglob("*.json")
+    assert json.loads(sidecar.read_text())["Covariates"] == {}
+
+
+def test_a_model_from_before_covariates_takes_none(before_covariates, tiny_runs, tmp_path):
+    words = ("--model", before_covariates, "--data", tiny_runs.data, "--out", tmp_path / "no", "--covariate", "age=60")
     assert "the model has no covariate 'age'; it knows none. Leave it out." in refused(run_here("sample", *words))
 
 

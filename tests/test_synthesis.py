@@ -1,7 +1,6 @@
-"""Masks in, volumes out: what a loaded model says of itself, and where its samples lie."""
+"""What a loaded model says of itself, and where its samples lie."""
 
 import re
-import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -14,7 +13,7 @@ from latdiff3d.conditioning import Condition
 from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.guidance import Guidance
 from latdiff3d.samplers import dpm_solver_pp_2m
-from latdiff3d.synthesis import Model, cases_of_split, masks_at, sample_to_folder
+from latdiff3d.synthesis import Model, cases_of_split
 
 
 @pytest.fixture(scope="module")
@@ -110,29 +109,6 @@ def test_a_conditional_model_needs_a_mask(model):
             use(None)
 
 
-def test_each_case_is_yielded_when_it_is_written(model, mask, tmp_path):
-    shutil.copy(mask, tmp_path / "a_seg.nii.gz")
-    made = sample_to_folder(model, [tmp_path / "a_seg.nii.gz", mask], tmp_path / "out", seed=3)
-    name, sample, files = next(made)
-    assert name == "a" and [file.name for file in files] == [f"a_{m}.nii.gz" for m in model.modalities]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]  # the second is yet to be made
-    written = np.stack([nib.load(file).get_fdata(dtype=np.float32) for file in files])
-    assert np.array_equal(written, sample.on_mask_grid()[0])
-    assert [name for name, _, _ in made] == ["phantom_0004"]
-
-
-def test_every_mask_is_looked_at_before_the_first_volume_is_made(model, mask, tmp_path, monkeypatch):
-    bad = nib.load(mask)
-    voxels = np.asarray(bad.dataobj).copy()
-    voxels[0, 0, 0] = 7
-    nib.save(nib.Nifti1Image(voxels, bad.affine), tmp_path / "bad_seg.nii.gz")
-    monkeypatch.setattr(Model, "sample", lambda *_: pytest.fail("a volume was made"))
-    with pytest.raises(Exception) as error:
-        list(sample_to_folder(model, [mask, tmp_path / "bad_seg.nii.gz"], tmp_path / "out"))
-    assert "bad_seg.nii.gz has labels {7}" in str(root_input_error(error.value))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_splits_cases_are_read_as_the_model_reads_data(model, phantoms):
     assert [case["case"] for case in cases_of_split(model, phantoms, "val")] == ["phantom_0004", "phantom_0005"]
     assert len(cases_of_split(model, phantoms, "train")) == 4
@@ -140,12 +116,3 @@ def test_a_splits_cases_are_read_as_the_model_reads_data(model, phantoms):
         cases_of_split(model, phantoms, "test")
     with pytest.raises(InputError, match="split is 'all'; expected train, val or test"):
         cases_of_split(model, phantoms, "all")
-
-
-def test_a_file_or_a_folder_names_masks(mask, tmp_path):
-    assert masks_at(mask) == [mask]
-    for name in ("b.nii", "a_seg.nii.gz", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in masks_at(tmp_path)] == ["a_seg.nii.gz", "b.nii"]
-    with pytest.raises(InputError, match="there is no mask at"):
-        masks_at(tmp_path / "nowhere")
