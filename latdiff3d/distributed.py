@@ -150,7 +150,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if num_ranks() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    mean = mean_over_ranks(flat)
-    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    flat = torch.cat([gradient.flatten() for gradient in gradients])  # (n,), the one copy made
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        torch.div(total.view_as(gradient), num_ranks(), out=gradient)

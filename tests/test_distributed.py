@@ -54,8 +54,10 @@ def _sums():
     own = torch.tensor([1.0, 10.0]) * (rank + 1)
     layer = nn.Linear(1, 1)
     layer.weight.grad, layer.bias.grad = torch.full((1, 1), float(rank)), None
-    average_gradients(layer.parameters())
-    return sum_over_ranks(own), mean_over_ranks(own), own, layer.weight.grad, _agreed()
+    strided = nn.Parameter(torch.zeros(2, 3))
+    strided.grad = (rank + torch.arange(6.0)).view(3, 2).T
+    average_gradients([*layer.parameters(), strided])
+    return sum_over_ranks(own), mean_over_ranks(own), own, layer.weight.grad, strided.grad, _agreed()
 
 
 def _agreed():
@@ -74,10 +76,10 @@ def _agreed():
 
 
 def test_sums_and_means_are_over_the_ranks_and_leave_what_they_are_given(tmp_path):
-    for number, (total, mean, own, gradient, agreed) in enumerate(on_two_ranks(_sums, tmp_path)):
+    for number, (total, mean, own, gradient, strided, agreed) in enumerate(on_two_ranks(_sums, tmp_path)):
         assert total.tolist() == [3.0, 30.0] and mean.tolist() == [1.5, 15.0]
         assert own.tolist() == [number + 1.0, 10.0 * (number + 1)]
-        assert gradient.tolist() == [[0.5]]
+        assert gradient.tolist() == [[0.5]] and strided.tolist() == [[0.5, 2.5, 4.5], [1.5, 3.5, 5.5]]
         ranks, shares, done, refused = agreed
         assert ranks == [0, 1] and shares == {"a": 1, "bb": 2, "ccc": 3}
         assert done == [["a", "ccc"], ["bb"]][number]
