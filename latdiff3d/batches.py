@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import CacheDataset, DataLoader
+from monai.data import DataLoader
+from monai.data import Dataset as Images
 from monai.data.utils import set_rnd
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
@@ -109,7 +110,7 @@ class ImageCrops(PerItem):
         images: whose transform makes `image` (C, D, H, W) and what goes with it.
     """
 
-    def __init__(self, images: CacheDataset) -> None:
+    def __init__(self, images: Images) -> None:
         self.images = images
 
     def __len__(self) -> int:

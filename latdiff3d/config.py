@@ -74,6 +74,11 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_fine_cases": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
     "skip_bad_cases": (lambda value: isinstance(value, bool), "true or false"),
     "num_workers": (_is_natural, "a whole number from 0 on"),
+    "cache": (lambda value: value in ("memory", "disk", "none"), "memory, disk or none"),
+    "cache_rate": (
+        lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,
+        "a share of the cases from 0 to 1",
+    ),
     "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),
     "time_distribution": (lambda value: value in TIME_DISTRIBUTIONS, f"one of {', '.join(TIME_DISTRIBUTIONS)}"),

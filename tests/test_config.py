@@ -107,6 +107,8 @@ BAD_SETTINGS = {
     "compile": [1, None],
     "num_fine_cases": [0, -1, 1.5, True, "few"],
     "num_workers": [-1, "4"],
+    "cache": ["smart", True, None],
+    "cache_rate": [-0.1, 1.5, "half", None],
     "skip_bad_cases": ["yes", 1, None],
     "checkpoint_every": [-1, 0.5, None],
     "keep_checkpoints": [0, "2"],
