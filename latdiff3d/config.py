@@ -73,7 +73,8 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "keep_checkpoints": (_is_count, "a whole number from 1 on"),
     "num_fine_cases": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
     "skip_bad_cases": (lambda value: isinstance(value, bool), "true or false"),
-    "num_workers": (_is_natural, "a whole number from 0 on"),
+    "num_workers": (lambda value: value == "auto" or _is_natural(value), "a whole number from 0 on, or auto"),
+    "prefetch_factor": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
     "cache": (lambda value: value in ("memory", "disk", "none"), "memory, disk or none"),
     "cache_rate": (
         lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,

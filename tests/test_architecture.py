@@ -26,7 +26,7 @@ FLOORS = [
     | {"coarse_masks", "updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
     {"skipping"},
-    {"checks", "norms", "batches"},
+    {"checks", "norms", "batches", "loading"},
     {"readers"},
     {"datalist", "phantoms"},
     {"devices", "distributed", "compilation"},
