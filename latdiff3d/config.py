@@ -100,6 +100,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "initial_posterior_std": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
     "seed": (_is_natural, "a whole number from 0 on"),
     "learning_rate": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
+    "mlflow": (lambda value: isinstance(value, str), "a server's URI or a folder, or '' for none"),
     "first_stage": (lambda value: isinstance(value, str), "a checkpoint or a run's folder"),
     "modalities": (
         lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value),

@@ -25,7 +25,7 @@ LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broke
 NOT_OF_THE_RUN = (
     "resume", "logdir", "name", "run_dir", "device", "gpus", "bundle_root", "latent_cache", "encode_memory_gb",
     "cache", "cache_rate", "image_cache", "num_workers", "prefetch_factor", "checkpoint_every",
-    "keep_checkpoints",
+    "keep_checkpoints", "mlflow",
 )  # fmt: skip
 
 

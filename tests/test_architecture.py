@@ -17,7 +17,7 @@ FLOORS = [
     {"segmentation", "quality", "synthesizer"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
-    | {"mask_fidelity", "interruption"},
+    | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}

@@ -124,6 +124,7 @@ BAD_SETTINGS = {
     "initial_posterior_std": [0, "small", None],
     "seed": [-1, 0.5, "x"],
     "learning_rate": [0, -1e-3, "fast", None],
+    "mlflow": [True, None],
     "first_stage": [3, None],
     "modalities": [[], "t1", [1], None],
     "labels": [[], [1, 2, 4], 3, [0, 0.5], "0,1,2"],
