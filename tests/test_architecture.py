@@ -15,7 +15,7 @@ FLOORS = [
     {"synthesis", "runs"},
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer"},
-    {"training", "latents", "latent_cache", "image_cache", "quality_page"},
+    {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
