@@ -16,6 +16,7 @@
 #SBATCH --requeue
 set -euo pipefail
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or a group that torchrun restarts, by --max-restarts, meets its old self
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first:${RENDEZVOUS_PORT:-29500}" "$@"

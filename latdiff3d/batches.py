@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import CacheDataset, DataLoader
+from monai.data import DataLoader
+from monai.data import Dataset as Images
 from monai.data.utils import set_rnd
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
@@ -86,20 +87,21 @@ class PerItem(Dataset):
     """A data set whose item depends, in an epoch, on the seed and its index alone: on no worker, and no other item.
 
     MONAI's `set_rnd`, and so `Seeds`, sets the seed. A worker's own, which its number decides, is not
-    heard.
+    heard; the one that is set later reaches workers that are at work already.
     """
 
-    seed = 0
+    def __init__(self) -> None:
+        self._seed = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> "PerItem":
         """Take the epoch's seed; MONAI's name."""
         if seed is not None and get_worker_info() is None:
-            self.seed = int(seed)
+            self._seed.fill_(int(seed))
         return self
 
     def random_state(self, index: int) -> np.random.RandomState:
         """Return the random numbers of an item."""
-        return np.random.RandomState([self.seed, index])
+        return np.random.RandomState([int(self._seed), index])
 
 
 class ImageCrops(PerItem):
@@ -109,7 +111,8 @@ class ImageCrops(PerItem):
         images: whose transform makes `image` (C, D, H, W) and what goes with it.
     """
 
-    def __init__(self, images: CacheDataset) -> None:
+    def __init__(self, images: Images) -> None:
+        super().__init__()
         self.images = images
 
     def __len__(self) -> int:

@@ -51,7 +51,7 @@ def save(path: Path, content: Mapping[str, Any], num_before: int = 0) -> None:
                     earlier(path, number - 1).replace(earlier(path, number))
             previous.replace(earlier(path, 1))
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError where the file system is full
-        if not _is_full(error):
+        if not is_full(error):
             raise
         raise InputError(f"{path} cannot be written: {path.parent} has no space left; {AFTER_A_FULL_DISK}") from error
     finally:
@@ -89,7 +89,7 @@ def load(path: Path, stage: str | None = None) -> dict[str, Any]:
         InputError: missing, damaged, not ours, or of the other stage.
     """
     try:
-        _check(path)
+        require_checksums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}; expected a .pt file that latdiff3d wrote.") from None
@@ -181,14 +181,25 @@ def load_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], source
     network.load_state_dict(weights)
 
 
-def _check(path: Path) -> None:
-    """Compare all that a checkpoint, a zip archive, holds with its checksums, which PyTorch does not look at."""
+def require_checksums(path: Path) -> None:
+    """Compare all that a file of PyTorch's, a zip archive, holds with its checksums, which PyTorch does not look at.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
     if not zipfile.is_zipfile(path):
-        return  # no checkpoint of ours, or a cut one; what it is, PyTorch says
+        return  # no file of ours, or a cut one; what it is, PyTorch says
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Say whether the system refused to write any more, at the bottom of whatever PyTorch makes of it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error is not None and is_full(error.__cause__ or error.__context__)
 
 
 def _also_as(path: Path, other: Path) -> None:
@@ -200,10 +211,3 @@ def _also_as(path: Path, other: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, temporary)
     temporary.replace(other)
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Say whether the system refused to write any more, at the bottom of whatever PyTorch makes of it."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return error is not None and _is_full(error.__cause__ or error.__context__)

@@ -39,15 +39,19 @@ def start() -> None:
         )
     if num_gpus:
         torch.cuda.set_device(local_rank)
-    try:
-        dist.init_process_group("nccl" if num_gpus else "gloo", timeout=TIMEOUT)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        num = os.environ["WORLD_SIZE"]
-        raise InputError(f"WORLD_SIZE is {num}, but the others are not found ({reason}); use torchrun.") from error
     if "SLURM_JOB_ID" in os.environ:  # Ignite would take SLURM's number of torchrun itself for that of its processes
         os.environ["SLURM_LOCALID"] = str(local_rank)
-    idist.sync()  # Ignite's metrics look for the group at their first use; all ranks have to be there
+    try:
+        store, rank_here, num = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(_life(), store)
+        dist.init_process_group(
+            "nccl" if num_gpus else "gloo", timeout=TIMEOUT, store=store, rank=rank_here, world_size=num
+        )
+        idist.sync()  # Ignite's metrics look for the group at their first use; all ranks have to be there
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        wanted = os.environ["WORLD_SIZE"]
+        raise InputError(f"WORLD_SIZE is {wanted}, but the others are not found ({reason}); use torchrun.") from error
 
 
 def end() -> None:
@@ -154,3 +158,14 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         torch.div(total.view_as(gradient), num_ranks(), out=gradient)
+
+
+def _life() -> str:
+    """Return a name for this start of the processes, in which torchrun may start them again and again.
+
+    Its agent keeps one store through all of them, where a process would find the addresses of those before it, which
+    are gone (pytorch/pytorch#135712). Several machines' agents count restarts each for itself, so that no name is the
+    same on all of them; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun take a new store each time.
+    """
+    is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if is_alone else "start"

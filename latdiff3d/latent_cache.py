@@ -24,7 +24,7 @@ from latdiff3d.distributed import num_ranks, rank, shared, together
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.latent_entries import Entry, Flip, all_flips, encoded, is_whole, read, sweep, write
-from latdiff3d.layouts import Case
+from latdiff3d.layouts import Case, files_of
 from latdiff3d.readers import read_header
 
 FORMAT = 1  # raised when an entry's layout or meaning changes
@@ -67,7 +67,7 @@ def build(
     jobs += [(case, ()) for case in splits["val"]]
     made_by = fingerprints.of_codec(codec), fingerprints.of_transforms(preprocessing)
     place = Path(folder) / "-".join(part[:12] for part in made_by)
-    contents = shared(sorted({path for case, _ in jobs for path in _files(case)}), fingerprints.of_volume)
+    contents = shared(sorted({path for case, _ in jobs for path in files_of(case)}), fingerprints.of_volume)
     places = [place / _key(case, flip, made_by, contents) for case, flip in jobs]
     whole = shared(places, is_whole)
     missing = [(case, flip, path) for (case, flip), path in zip(jobs, places, strict=True) if not whole[path]]
@@ -135,10 +135,6 @@ def _refuse_random(preprocessing: Compose) -> None:
                 f"{type(transform).__name__} is random, and what it makes would be encoded once for all; expected "
                 "nothing random in preprocessing. Take it out, or set encode=on_the_fly."
             )
-
-
-def _files(case: Case) -> list[str]:
-    return [str(path) for path in case["image"]] + ([str(case["mask"])] if "mask" in case else [])
 
 
 def _key(case: Case, flip: Flip, made_by: tuple[str, str], contents: Mapping[str, str]) -> str:

@@ -34,6 +34,7 @@ class LatentCrops(PerItem):
         flips: Sequence[int] = (),
         random: bool = False,
     ) -> None:
+        super().__init__()
         self.cases = cases
         self.entries = entries
         self.crop_to = np.array(crop_to)

@@ -69,6 +69,11 @@ def survey_cases(
     return sorted(found, key=lambda one: one.case["case"])
 
 
+def files_of(case: Case) -> list[str]:
+    """Return the paths of a case's files, the mask's last."""
+    return [str(path) for path in case["image"]] + ([str(case["mask"])] if "mask" in case else [])
+
+
 def find_layout(root: Path) -> str:
     """Return the one layout of `LAYOUTS` that `root` has; raise an InputError that says what was looked for."""
     if not root.exists():

@@ -25,9 +25,9 @@ LOST_RANK = r"Connection (closed|reset|refused)|gloo|NCCL|DistBackendError|Broke
 # May differ between a run and its continuation.
 NOT_OF_THE_RUN = (
     "resume", "logdir", "name", "run_dir", "device", "gpus", "bundle_root", "latent_cache", "encode_memory_gb",
-    "num_workers", "checkpoint_every", "keep_checkpoints",
+    "cache", "cache_rate", "image_cache", "num_workers", "prefetch_factor", "checkpoint_every",
+    "keep_checkpoints", "mlflow",
 )  # fmt: skip
-
 
 
 def begin(*files: str) -> None:

@@ -47,7 +47,13 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "keep_checkpoints": (_is_count, "a whole number from 1 on"),
     "num_fine_cases": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
     "skip_bad_cases": (lambda value: isinstance(value, bool), "true or false"),
-    "num_workers": (_is_natural, "a whole number from 0 on"),
+    "num_workers": (lambda value: value == "auto" or _is_natural(value), "a whole number from 0 on, or auto"),
+    "prefetch_factor": (lambda value: value is None or _is_count(value), "a whole number from 1 on, or null"),
+    "cache": (lambda value: value in ("memory", "disk", "none"), "memory, disk or none"),
+    "cache_rate": (
+        lambda value: isinstance(value, (int, float)) and 0 <= value <= 1,
+        "a share of the cases from 0 to 1",
+    ),
     "quality_cases": (_is_natural, "a whole number from 0 on"),
     "sampling_steps": (_is_count, "a whole number from 1 on"),
     "time_distribution": (lambda value: value in TIME_DISTRIBUTIONS, f"one of {', '.join(TIME_DISTRIBUTIONS)}"),
@@ -68,6 +74,7 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "initial_posterior_std": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
     "seed": (_is_natural, "a whole number from 0 on"),
     "learning_rate": (lambda value: isinstance(value, (int, float)) and value > 0, "a number above 0"),
+    "mlflow": (lambda value: isinstance(value, str), "a server's URI or a folder, or '' for none"),
     "first_stage": (lambda value: isinstance(value, str), "a checkpoint or a run's folder"),
     "modalities": (
         lambda value: isinstance(value, list) and bool(value) and all(_is_only_name(v, value) for v in value),

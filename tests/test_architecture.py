@@ -16,9 +16,9 @@ FLOORS = [
     {"synthesis", "runs"},
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer", "planning"},
-    {"training", "latents", "latent_cache", "quality_page", "simulated_memory"},
+    {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},
     {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
-    | {"mask_fidelity", "interruption"},
+    | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
@@ -28,7 +28,7 @@ FLOORS = [
     | {"coarse_masks", "updates"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
     {"skipping"},
-    {"checks", "norms", "batches"},
+    {"checks", "norms", "batches", "loading"},
     {"readers"},
     {"datalist"},
     {"layouts", "phantoms"},

@@ -318,6 +318,15 @@ def test_flipped_training_is_the_same_with_workers_and_when_it_was_stopped(
     assert_same(one["objects"], third["objects"])
 
 
+@pytest.mark.parametrize("settings", [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 1, "prefetch_factor": 4}])
+def test_workers_change_no_weight(phantoms, tiny_runs, tmp_path, settings):
+    assert yaml.safe_load((tiny_runs.autoencoder / "config.yaml").read_text())["num_workers"] == "auto"
+    ended = train_here("autoencoder", phantoms, tmp_path, "first", **settings)
+    assert ended.code == 0, ended.err
+    for which in ("best", "last"):  # the best one's latents are measured over the training set
+        assert_same(loaded(tmp_path / "first", which)["objects"], loaded(tiny_runs.autoencoder, which)["objects"])
+
+
 def test_a_run_stopped_while_measuring_measures_when_it_goes_on(phantoms, tiny_runs, tmp_path, monkeypatch):
     def stop(self, batches):
         raise Stopped

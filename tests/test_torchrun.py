@@ -26,10 +26,10 @@ def odd(tmp_path_factory):
     return write_phantoms(tmp_path_factory.mktemp("odd") / "data", 5, 3, (16, 16, 16))
 
 
-def train(launcher, stage, data, logdir, **settings):
+def train(launcher, stage, data, logdir, program="main.py", **settings):
     words = as_words({**TINY[stage], **settings, "dataset_dir": str(data), "num_workers": 0})
     base = ["--base", f"configs/{stage}.yaml", "-t", "-l", logdir, "--name", stage]
-    ended = run_process(*launcher, "main.py", *base, *words)
+    ended = run_process(*launcher, program, *base, *words)
     assert ended.code == 0, ended.err
     return logdir / stage, ended
 
@@ -70,14 +70,53 @@ def test_the_first_rank_alone_speaks_and_writes(stage_1):
     assert len(list((two / "tensorboard").iterdir())) == 1
 
 
-def test_stage_2_trains_on_two_ranks_and_goes_on_bit_for_bit(stage_1, odd, tmp_path):
-    settings = {"first_stage": str(stage_1[0][0]), "batch_size": 2, "max_epochs": 2}
-    whole, _ = train(TORCHRUN, "diffusion", odd, tmp_path / "whole", **settings)
-    part = train(TORCHRUN, "diffusion", odd, tmp_path / "part", **settings)[0]
-    last = content(whole, "last")
-    assert last["iteration"] == 2 and math.isfinite(last["best_metric"])
-    assert all(torch.equal(content(part, "last")["objects"]["ema"][k], v) for k, v in last["objects"]["ema"].items())
+@pytest.fixture(scope="module")
+def stage_2(stage_1, odd, tmp_path_factory):
+    """Stage 2 on two ranks, three steps in as many epochs, and its settings."""
+    settings = {"first_stage": str(stage_1[0][0]), "batch_size": 2, "max_epochs": 3}
+    return train(TORCHRUN, "diffusion", odd, tmp_path_factory.mktemp("stage_2"), **settings)[0], settings
 
+
+def test_stage_2_trains_on_two_ranks(stage_2):
+    last = content(stage_2[0], "last")
+    assert last["iteration"] == 3 and math.isfinite(last["best_metric"])
+
+
+# The second rank is killed in its third step, in the first of the group's two lives; each life says where it begins.
+KILLED_ONCE = """
+import os, signal, sys
+sys.path.insert(0, {repository!r})
+from latdiff3d import checkpointing, training
+from latdiff3d.cli import door
+from main import main
+step, restore = training.DiffusionStep.__call__, checkpointing.Run.restore
+life = os.environ["TORCHELASTIC_RESTART_COUNT"]
+def step_or_die(self, engine, batch):
+    if os.environ["RANK"] == "1" and life == "0" and engine.state.iteration == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, engine, batch)
+def restore_and_say(self, engine, content):
+    restore(self, engine, content)
+    print("life", life, "goes on after step", engine.state.iteration, flush=True)
+training.DiffusionStep.__call__, checkpointing.Run.restore = step_or_die, restore_and_say
+door(main)
+"""
+
+
+def test_a_group_that_torchrun_restarts_after_a_kill_ends_as_if_nothing_had_happened(stage_2, odd, tmp_path):
+    whole, settings = stage_2
+    program = tmp_path / "train.py"
+    program.write_text(KILLED_ONCE.format(repository=str(REPOSITORY)))
+    restarting = (*TORCHRUN, "--max-restarts", 1)
+    restarted, ended = train(restarting, "diffusion", odd, tmp_path / "restarted", program, **settings)
+    assert ended.out.count("life 1 goes on after step 2") == 1 and "life 0 goes on" not in ended.out
+    assert ended.out.count("Stage 'diffusion' is trained: 3 epochs, 3 steps") == 1
+    for which in ("best", "last"):
+        ours, theirs = content(restarted, which), content(whole, which)
+        assert ours["iteration"] == theirs["iteration"] and ours["best_metric"] == theirs["best_metric"]
+        for name in ("denoiser", "ema", "codec"):
+            for key, weight in theirs["objects"][name].items():
+                assert torch.equal(ours["objects"][name][key], weight), (which, name, key)
 
 
 # The second rank meets its fate in its second step: `die` without a word, `refuse` with one.
