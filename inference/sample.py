@@ -15,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make synthetic volumes with a trained model.")
     parser.add_argument("-r", "--resume", required=True, help="checkpoint of stage 2, or its run's folder")
     parser.add_argument("--batch_size", type=int, default=1, help="1: a volume never depends on its neighbours")
-    parser.add_argument("--mask", type=Path, help="a NIfTI mask, or a folder of them")
+    parser.add_argument("--mask", type=Path, help="a mask, or a folder of them")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the volumes")
     parser.add_argument("--n_samples", type=int, default=1, help="volumes for each mask")
     parser.add_argument("--seed", type=int, default=0)

@@ -48,7 +48,7 @@ def sample(
     model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of stage 2, or its run's folder")],
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as guidance_interval=[0,0.8]")] = None,
     out: Annotated[Path, typer.Option(help="folder for the volumes")] = Path("samples"),
-    mask: Annotated[Path | None, typer.Option(help="a NIfTI mask, or a folder of them")] = None,
+    mask: Annotated[Path | None, typer.Option(help="a mask, or a folder of them")] = None,
     data: Annotated[Path | None, typer.Option(help="a data set, for the masks of its --split")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
     num_samples: Annotated[int, typer.Option("-n", help="volumes for each mask")] = 1,

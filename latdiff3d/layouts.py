@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from latdiff3d.dicom_masks import SUFFIX
 from latdiff3d.errors import InputError
 
 # {"case": str, "patient": str, "image": list[str], "mask": str}; "section" until `datalist.split_cases` has used it;
@@ -14,6 +15,7 @@ from latdiff3d.errors import InputError
 Case = dict[str, Any]
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+MASK_SUFFIXES = (*VOLUME_SUFFIXES, SUFFIX)
 BRATS_MODALITIES = ("flair", "t1", "t1ce", "t2")
 LAYOUTS = {
     "brats": "folders <case>/ with <case>_flair.nii.gz, …, <case>_seg.nii.gz",
@@ -99,9 +101,9 @@ def find_layout(root: Path) -> str:
 
 
 def volume_stem(file: str | Path) -> str:
-    """Return a volume's file name without its suffix: `a/case_1.nii.gz` → `case_1`."""
+    """Return a volume's or a mask's file name without its suffix: `a/case_1.nii.gz` → `case_1`."""
     name = Path(file).name
-    suffix = next((suffix for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)), "")
+    suffix = next((suffix for suffix in MASK_SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
 
 

@@ -1,4 +1,4 @@
-"""Files → arrays: a volume's header or its voxels, NIfTI by nibabel, MetaImage and NRRD by SimpleITK."""
+"""Files → arrays: a header or voxels, NIfTI by nibabel, MetaImage and NRRD by SimpleITK, DICOM masks by highdicom."""
 
 import zlib
 from pathlib import Path
@@ -11,8 +11,9 @@ import torch
 from monai.data import ImageReader, MetaTensor
 from monai.transforms import LoadImage
 
+from latdiff3d import dicom_masks
 from latdiff3d.errors import InputError
-from latdiff3d.layouts import VOLUME_SUFFIXES
+from latdiff3d.layouts import MASK_SUFFIXES, VOLUME_SUFFIXES
 
 CHANNEL_FILES = "channel_files"  # the metadata key of the file each channel came from
 
@@ -31,30 +32,40 @@ _READ_ERRORS = (
 
 
 class Header(NamedTuple):
-    """What a file says of its grid: shape (D, H, W) or (D, H, W, C), and the (4, 4) affine from voxels to RAS mm."""
+    """What a file says of its grid: shape (D, H, W) or (D, H, W, C), and the (4, 4) affine from voxels to RAS mm.
+
+    Beside it, whether its voxels are whole numbers by their type.
+    """
 
     shape: tuple[int, ...]
     affine: np.ndarray
+    stores_integers: bool = True
 
 
 def read_header(path: str) -> Header:
-    """Read a volume's shape and affine without its voxels.
+    """Read a volume's shape and affine without its voxels, but for a DICOM segmentation's.
 
     Raises:
         InputError: the file is missing, has an unknown suffix, or its header is damaged.
     """
     _require_volume_file(path)
+    if path.lower().endswith(dicom_masks.SUFFIX):
+        labels, affine = dicom_masks.read_segmentation(path)
+        return Header(labels.shape, affine)
     try:
         if path.lower().endswith(_NIFTI_SUFFIXES):
             nifti: Any = nibabel.load(path)
-            return Header(tuple(int(size) for size in nifti.shape), np.asarray(nifti.affine, dtype=np.float64))
+            shape, affine = tuple(int(size) for size in nifti.shape), np.asarray(nifti.affine, dtype=np.float64)
+            is_scaled = (nifti.dataobj.slope, nifti.dataobj.inter) != (1, 0)
+            return Header(shape, affine, bool(np.issubdtype(nifti.get_data_dtype(), np.integer)) and not is_scaled)
         reader = sitk.ImageFileReader()
         reader.SetFileName(path)
         reader.ReadImageInformation()
     except _READ_ERRORS as error:
         raise _damaged(path, error) from error
     num_components = reader.GetNumberOfComponents()
-    return Header(reader.GetSize() + ((num_components,) if num_components > 1 else ()), _ras_affine(reader))
+    shape = reader.GetSize() + ((num_components,) if num_components > 1 else ())
+    return Header(shape, _ras_affine(reader), "float" not in sitk.GetPixelIDValueAsString(reader.GetPixelID()))
 
 
 def read_volume(path: str) -> MetaTensor:
@@ -64,12 +75,7 @@ def read_volume(path: str) -> MetaTensor:
         InputError: as `read_header`, or the file is truncated, or neither 3D nor 4D.
     """
     _require_volume_file(path)
-    loader = LoadImage(image_only=True)
-    loader.register(SimpleITKReader())
-    try:
-        volume = loader(path)  # (D, H, W) or (D, H, W, C)
-    except _READ_ERRORS as error:
-        raise _damaged(path, error) from error
+    volume = _segmentation(path) if path.lower().endswith(dicom_masks.SUFFIX) else _loaded(path)
     if volume.ndim not in (3, 4):
         raise InputError(str(shape_problem(path, tuple(volume.shape), 1)))
     voxels = volume.as_tensor()
@@ -124,11 +130,28 @@ def file_label(path: str | Path) -> str:
 
 
 def _require_volume_file(path: str) -> None:
-    if not path.lower().endswith(VOLUME_SUFFIXES):
+    if not path.lower().endswith(MASK_SUFFIXES):
         advice = " Convert a DICOM series to NIfTI first." if Path(path).is_dir() else ""
-        raise InputError(f"{path} is no volume that can be read; expected {', '.join(VOLUME_SUFFIXES)}.{advice}")
+        raise InputError(
+            f"{path} is no volume that can be read; expected {', '.join(VOLUME_SUFFIXES)}, or a DICOM segmentation, "
+            f"{dicom_masks.SUFFIX}.{advice}"
+        )
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist.")
+
+
+def _segmentation(path: str) -> MetaTensor:
+    labels, affine = dicom_masks.read_segmentation(path)
+    return MetaTensor(labels.astype(np.float32), affine=torch.from_numpy(affine))  # (D, H, W)
+
+
+def _loaded(path: str) -> MetaTensor:
+    loader = LoadImage(image_only=True)
+    loader.register(SimpleITKReader())
+    try:
+        return loader(path)  # (D, H, W) or (D, H, W, C)
+    except _READ_ERRORS as error:
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: str, error: BaseException) -> InputError:

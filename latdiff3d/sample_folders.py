@@ -7,8 +7,11 @@ from typing import Any
 from latdiff3d import checkpoints
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
+from latdiff3d.layouts import MASK_SUFFIXES
 from latdiff3d.synthesis import Model, Sample
 from latdiff3d.volumes import case_name, read_mask, write_synthetic
+
+_SUFFIXES = f"{', '.join(MASK_SUFFIXES[:-1])} or {MASK_SUFFIXES[-1]}"
 
 
 def sample_to_folder(
@@ -24,7 +27,7 @@ def sample_to_folder(
 
     Args:
         model: from `Model.load`.
-        masks: NIfTI files; none for an unconditional model.
+        masks: their files; none for an unconditional model.
         out: the folder; each case gets one below it.
         num_samples: the k-th has seed + k.
         seed: of the first.
@@ -72,13 +75,18 @@ def sample_to_folder(
 
 
 def masks_at(place: str | Path) -> list[Path]:
-    """Return the masks that `place` names: the file itself, or the NIfTI files of a folder, sorted.
+    """Return the masks that `place` names: the file itself, or a folder's files of `MASK_SUFFIXES`, sorted.
 
     Raises:
         InputError: when there is none.
     """
     path = Path(place)
-    masks = sorted(path.glob("*.nii*")) if path.is_dir() else [path] if path.is_file() else []
+    # A file is taken whatever its name; readers say what is wrong with that.
+    masks = [path] if path.is_file() else [file for file in sorted(path.glob("[!.]*")) if _is_mask(file)]
     if not masks:
-        raise InputError(f"there is no mask at {path}; expected a .nii.gz or .nii file, or a folder of them.")
+        raise InputError(f"there is no mask at {path}; expected a {_SUFFIXES} file, or a folder of them.")
     return masks
+
+
+def _is_mask(file: Path) -> bool:
+    return file.is_file() and file.name.lower().endswith(MASK_SUFFIXES)

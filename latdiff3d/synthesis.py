@@ -181,7 +181,7 @@ class Model:
         """Return a synthetic volume, which depends on `seed`, `mask` and `known` alone.
 
         Args:
-            mask: a NIfTI file; None for a model without masks.
+            mask: its file; None for a model without masks.
             seed: of the noise.
             known: covariates by name, as numbers, classes, or text of either; those left out are not known.
 

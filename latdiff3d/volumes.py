@@ -49,7 +49,7 @@ def mask_on_model_grid(path: str | Path, preprocessing: Compose, crop_to: Sequen
     """Load a mask and cut the crop around its labelled voxels' centre, or around its middle where it is empty.
 
     Args:
-        path: a NIfTI file, of any orientation.
+        path: any that `readers` read, of any orientation.
         preprocessing: the model's, which takes a mask alone as well.
         crop_to: (D, H, W).
     """

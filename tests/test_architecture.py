@@ -32,6 +32,7 @@ FLOORS = [
     {"readers"},
     {"datalist"},
     {"layouts", "phantoms"},
+    {"dicom_masks"},
     {"devices", "distributed", "compilation"},
     {"errors"},
 ]

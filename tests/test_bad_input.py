@@ -506,7 +506,7 @@ MASKS = [
     (
         "a folder without masks",
         lambda folder, good: folder,
-        r"there is no mask at .*; expected a \.nii\.gz or \.nii file",
+        r"there is no mask at .*; expected a \.nii\.gz, \.nii, .* or \.dcm file",
     ),
     ("an unknown label", mask_file(with_label_7), r"a_seg\.nii\.gz has labels \{7\}; this configuration knows"),
     (

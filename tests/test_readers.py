@@ -1,5 +1,6 @@
 """Files → arrays: one volume whatever the format, and one line where there is none."""
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -51,6 +52,21 @@ def test_a_header_is_read_without_its_voxels(tmp_path, write_volume):
         read_volume(path)
 
 
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
+@pytest.mark.parametrize(("dtype", "integers"), [(np.uint8, True), (np.int16, True), (np.float32, False)])
+def test_a_header_says_whether_voxels_are_whole_numbers(tmp_path, suffix, dtype, integers):
+    path = str(tmp_path / f"a{suffix}")
+    sitk.WriteImage(sitk.GetImageFromArray(RAMP.astype(dtype)), path)
+    assert read_header(path).stores_integers is integers
+
+
+def test_whole_numbers_with_a_slope_are_none(tmp_path):
+    image = nibabel.Nifti1Image(np.ones((4, 5, 6), np.int16), np.eye(4))
+    image.header.set_slope_inter(0.5, 0)
+    nibabel.save(image, tmp_path / "a.nii")
+    assert read_header(str(tmp_path / "a.nii")).stores_integers is False
+
+
 # Voxels
 
 
@@ -72,7 +88,7 @@ def test_truncated_voxels_are_told(tmp_path, suffix):
         read_volume(path)
 
 
-@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd"])
 def test_itk_formats_lie_where_their_nifti_does(tmp_path, suffix):
     image = sitk.GetImageFromArray(RAMP)  # x has 6 voxels, z 4
     image.SetSpacing((0.5, 2, 3))

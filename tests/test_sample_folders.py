@@ -46,8 +46,8 @@ def test_every_mask_is_looked_at_before_the_first_volume_is_made(model, mask, tm
 
 def test_a_file_or_a_folder_names_masks(mask, tmp_path):
     assert masks_at(mask) == [mask]
-    for name in ("b.nii", "a_seg.nii.gz", "notes.txt"):
+    for name in ("b.nii", "a_seg.nii.gz", "notes.txt", "c.MHA", "d.nrrd", "e.dcm", "._b.nii"):
         (tmp_path / name).touch()
-    assert [path.name for path in masks_at(tmp_path)] == ["a_seg.nii.gz", "b.nii"]
+    assert [path.name for path in masks_at(tmp_path)] == ["a_seg.nii.gz", "b.nii", "c.MHA", "d.nrrd", "e.dcm"]
     with pytest.raises(InputError, match="there is no mask at"):
         masks_at(tmp_path / "nowhere")
