@@ -23,13 +23,14 @@ def main() -> None:
     parser.add_argument("--sampler", help="ddim, ddpm, dpm_solver++, euler or heun (default: the configuration's)")
     parser.add_argument("--guidance", type=float, help="scale of the mask's pull (default: the configuration's)")
     parser.add_argument("--covariate", action="append", help="name=value, such as age=60; may be repeated")
+    parser.add_argument("--label-map", help="file's label:model's label, such as 1:2,3:0")
     parser.add_argument("--gpus", help="number of one GPU, such as 0, (default: the first, or the CPU)")
     given = parser.parse_args()
     if given.batch_size != 1:
         raise InputError(f"--batch_size is {given.batch_size}; volumes are made one by one: leave it out or give 1.")
     run_sampling(
         given.resume, given.out, given.mask, None, "val", given.n_samples, given.seed, given.steps, "mask", given.gpus,
-        given.guidance, given.sampler, None, given.covariate,
+        given.guidance, given.sampler, None, given.covariate, given.label_map,
     )  # fmt: skip
 
 

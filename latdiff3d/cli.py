@@ -57,13 +57,15 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
     guidance: Annotated[float | None, typer.Option(help="how hard the mask pulls; default: the config's")] = None,
     covariate: Annotated[list[str] | None, typer.Option(help="name=value, such as age=60; may be repeated")] = None,
+    label_map: Annotated[str | None, typer.Option(help="file's label:model's label, such as 1:2,3:0")] = None,
     grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
 ) -> None:
     """Make synthetic volumes that lie on masks."""
     run_sampling(
-        model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate
-    )
+        model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate,
+        label_map,
+    )  # fmt: skip
 
 
 @app.command()
@@ -131,13 +133,14 @@ def run_sampling(
     sampler: str | None,
     settings: Sequence[str] | None = None,
     covariates: Sequence[str] | None = None,
+    label_map: str | None = None,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
     Raises:
         InputError: for a user's mistake.
     """
-    from latdiff3d import sample_folders, synthesis
+    from latdiff3d import preflight, sample_folders, synthesis
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
 
@@ -149,6 +152,8 @@ def run_sampling(
         raise InputError("--mask and --data are both given; expected one of them.")
     given = parse_covariates(covariates or [])
     loaded = synthesis.Model.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
+    if label_map is not None:
+        loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
     if data is not None:
         cases = synthesis.cases_of_split(loaded, data, split)
         masks: list[Any] = [case["mask"] for case in cases]

@@ -1,10 +1,11 @@
 """Masks in, folders out: every sample of a model is written as NIfTI with the provenance that makes it again."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latdiff3d import checkpoints
+from latdiff3d import checkpoints, preflight
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.layouts import MASK_SUFFIXES
@@ -46,8 +47,14 @@ def sample_to_folder(
     digest = checkpoints.sha256(model.path)
     jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
     covariates = known or [{}] * len(jobs)
+    found = {mask: preflight.examine(model, mask) for _, mask in jobs if mask is not None}
+    errors = [error for findings in found.values() for error in findings.errors]
+    if errors:
+        raise InputError(errors[0])
     for (_, mask), given in zip(jobs, covariates, strict=True):
         model.numbers_of(given, model.grid_of(mask))
+    for warning in (line for findings in found.values() for line in findings.warnings):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     Path(out).mkdir(parents=True, exist_ok=True)
     with progress_bar(total=len(jobs) * num_samples, desc="sampling", unit="volume") as bar:
         for (case, mask), given in zip(jobs, covariates, strict=True):
@@ -66,9 +73,11 @@ def sample_to_folder(
                     "Guidance": model.synthesizer.guidance.scale,
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
                     "Covariates": sample.known,
+                    "LabelMap": {str(label): ours for label, ours in model.label_map.items()},
+                    "Warnings": [] if mask is None else found[mask].warnings,
                     "Units": "normalised intensity, 0 to 1",
                 }
-                labels = read_mask(mask)[0] if mask is not None and on_mask else None
+                labels = read_mask(mask, model.label_map)[0] if mask is not None and on_mask else None
                 files = write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
                 bar.update()
                 yield name, sample, files

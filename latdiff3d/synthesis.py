@@ -1,7 +1,7 @@
 """Masks in, volumes out: a trained model's checkpoint becomes something that samples."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import yaml
 from monai.bundle import ConfigParser
-from monai.transforms import Compose
+from monai.transforms import Compose, MapLabelValued
 
 from latdiff3d import checkpoints
 from latdiff3d.compilation import compiled
@@ -21,6 +21,7 @@ from latdiff3d.errors import InputError
 from latdiff3d.networks import downsampling
 from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
+from latdiff3d.transforms import LoadVolumed
 from latdiff3d.volumes import ModelGrid, centred_affine, mask_on_model_grid, read_mask
 
 # What may differ between samples of one model; all else is as it was trained.
@@ -60,6 +61,9 @@ class Model:
     Attributes:
         path: the checkpoint.
         config: its configuration, to read further settings from.
+        labels: that masks may hold, as in the files of the training set.
+        training_masks: see `training_masks.summary`; None of a checkpoint of an earlier version, or without masks.
+        label_map: what masks hold → one of `labels`; see `with_label_map`.
     """
 
     path: Path
@@ -70,6 +74,9 @@ class Model:
     modalities: list[str]
     spacing_mm: list[float]
     covariates: Covariates
+    labels: list[int] = field(default_factory=list)
+    training_masks: Mapping[str, Any] | None = None
+    label_map: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -142,6 +149,8 @@ class Model:
             list(content["notes"]["spacing_mm"]),
             # A checkpoint of an earlier version has none.
             parser.get_parsed_content("known_covariates") if "covariates" in parser.get() else Covariates(),
+            list(parser["labels"]),
+            content["notes"].get("masks"),
         )
 
     @property
@@ -149,18 +158,62 @@ class Model:
         """Say whether it needs a mask."""
         return isinstance(self.synthesizer.condition, MaskCondition)
 
-    def grid_of(self, mask: str | Path | None) -> ModelGrid | None:
-        """Return the mask on the model's grid, or None for None; all that can be wrong with it is found here.
+    @property
+    def is_resampling(self) -> bool:
+        """Say whether masks are brought to one spacing, `spacing_mm`; else each keeps its own."""
+        return self.config.get()["spacing"] is not None
+
+    @property
+    def num_classes(self) -> int:
+        """Return K: masks on the model's grid hold 0 … K − 1."""
+        condition = self.synthesizer.condition
+        assert isinstance(condition, MaskCondition)
+        return condition.num_classes
+
+    @property
+    def class_names(self) -> list[str]:
+        """Return of each class 0 … K − 1 the label in files that it stands for, "above 0" of coarse masks' one."""
+        names = [str(label) for label in self.labels]
+        if self.config.get().get("num_fine_cases") is not None:
+            return [*names, "above 0"]
+        return names if self.config.get()["mask_mode"] == "fine" else [names[0], "above 0"]
+
+    def with_label_map(self, label_map: Mapping[int, int]) -> "Model":
+        """Return the same model for masks whose labels have other numbers.
+
+        Args:
+            label_map: what masks hold → one of `labels`; labels that it does not name stay as they are.
 
         Raises:
-            InputError: a mask for an unconditional model or none for a conditional one, or a mask it cannot read.
+            InputError: for a label that the model does not know, or a model without masks.
         """
+        unknown = sorted(set(label_map.values()) - set(self.labels))
+        if unknown:
+            known = ", ".join(map(str, self.labels))
+            raise InputError(f"--label-map maps to {unknown}; this model knows {{{known}}}. Map to one of them.")
+        if not self.is_conditional:
+            raise InputError(f"--label-map is given, and {self.path} is an unconditional model; leave it out.")
+        load, *others = self.preprocessing.transforms
+        assert isinstance(load, LoadVolumed)
+        relabel = MapLabelValued("mask", list(label_map), list(label_map.values()), allow_missing_keys=True)
+        return replace(self, preprocessing=Compose([load, relabel, *others]), label_map=dict(label_map))
+
+    def require_mask(self, mask: str | Path | None) -> None:
+        """Refuse a mask for an unconditional model, and None for another, with an InputError."""
         if (mask is None) == self.is_conditional:
             raise InputError(
                 f"{self.path} is conditioned on masks; give --mask FILE_OR_FOLDER, or --data FOLDER."
                 if self.is_conditional
                 else f"{self.path} is an unconditional model; leave --mask and --data out."
             )
+
+    def grid_of(self, mask: str | Path | None) -> ModelGrid | None:
+        """Return the mask on the model's grid, or None for None; all that can be wrong with it is found here.
+
+        Raises:
+            InputError: a mask for an unconditional model or none for a conditional one, or a mask it cannot read.
+        """
+        self.require_mask(mask)
         return None if mask is None else mask_on_model_grid(mask, self.preprocessing, self.crop_to)
 
     def numbers_of(self, known: Mapping[str, Any], grid: ModelGrid | None) -> torch.Tensor:

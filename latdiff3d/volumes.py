@@ -53,7 +53,13 @@ def mask_on_model_grid(path: str | Path, preprocessing: Compose, crop_to: Sequen
         preprocessing: the model's, which takes a mask alone as well.
         crop_to: (D, H, W).
     """
-    mask = preprocessing({"mask": str(path)})["mask"]
+    return cut_around_labels(path, preprocessing({"mask": str(path)})["mask"], preprocessing, crop_to)
+
+
+def cut_around_labels(
+    path: str | Path, mask: MetaTensor, preprocessing: Compose, crop_to: Sequence[int]
+) -> ModelGrid:
+    """Cut the crop of `mask_on_model_grid` out of a mask (1, D, H, W) that `preprocessing` has made of `path`."""
     pad = SpatialPad(spatial_size=crop_to)
     padded = pad(mask)
     start, end = generate_spatial_bounding_box(padded, allow_smaller=True)
@@ -98,10 +104,17 @@ def write_synthetic(
     return paths
 
 
-def read_mask(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return a mask file's labels (D, H, W) as they are stored, and its affine (4, 4)."""
+def read_mask(path: str | Path, label_map: Mapping[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mask file's labels (D, H, W), those of `label_map` changed and others as stored; and its affine (4, 4).
+
+    Raises:
+        InputError: see `readers.read_volume`.
+    """
     mask = read_volume(str(path))
-    labels = mask[0].numpy()
+    stored = mask[0].numpy()
+    labels = stored.copy()
+    for label, ours in (label_map or {}).items():
+        labels[stored == label] = ours
     return labels.astype(np.uint8 if labels.max() < 256 else np.int16), np.asarray(mask.affine, dtype=float)
 
 

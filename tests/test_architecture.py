@@ -13,6 +13,7 @@ FLOORS = [
     {"cli"},
     {"demo"},
     {"sample_folders"},
+    {"preflight"},
     {"synthesis", "runs"},
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer", "planning"},
@@ -25,7 +26,7 @@ FLOORS = [
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
-    | {"coarse_masks", "updates"},
+    | {"coarse_masks", "updates", "training_masks"},
     {"transforms", "volumes", "doctor", "pretrained", "tiling"},
     {"skipping"},
     {"checks", "norms", "batches", "loading"},

@@ -508,7 +508,7 @@ MASKS = [
         lambda folder, good: folder,
         r"there is no mask at .*; expected a \.nii\.gz, \.nii, .* or \.dcm file",
     ),
-    ("an unknown label", mask_file(with_label_7), r"a_seg\.nii\.gz has labels \{7\}; this configuration knows"),
+    ("an unknown label", mask_file(with_label_7), r"a_seg\.nii\.gz has labels \{7\}; this model knows \{0, 1, 2, 4\}"),
     (
         "a 4D mask",
         mask_file(lambda v: np.stack([v, v], axis=-1)),
@@ -518,7 +518,7 @@ MASKS = [
     ("a mask with NaN", mask_file(lambda v: np.where(v == 1, np.nan, v).astype(np.float32)), r"labels are no integers"),
     ("a truncated mask", half, r"a_seg\.nii\.gz is truncated or damaged"),
     ("a picture", picture, r"a\.png is no volume that can be read; expected \.nii\.gz, \.nii"),
-    ("a bad mask after a good one", second_bad, r"b\.nii\.gz has labels \{7\}; this configuration knows"),
+    ("a bad mask after a good one", second_bad, r"b\.nii\.gz has labels \{7\}; this model knows"),
     ("two masks of one name", twins, r"2 masks have only 1 different names"),
 ]
 
