@@ -15,6 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+SOME_LEFT_OUT = 3  # the exit code where some masks of several could not be used
+
 
 class Stage(str, Enum):
     """What `latdiff3d train` trains."""
@@ -61,7 +63,7 @@ def sample(
     grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
 ) -> None:
-    """Make synthetic volumes that lie on masks."""
+    """Make synthetic volumes that lie on masks; what is there is kept. Exit code 3: some masks could not be used."""
     run_sampling(
         model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate,
         label_map,
@@ -137,8 +139,11 @@ def run_sampling(
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
+    What an earlier call has made in the same way is kept.
+
     Raises:
-        InputError: for a user's mistake.
+        InputError: for a user's mistake, and where no mask can be used.
+        SystemExit: with `SOME_LEFT_OUT`, after the others are done, where some masks cannot.
     """
     from latdiff3d import preflight, sample_folders, synthesis
     from latdiff3d.config import parse_settings
@@ -161,8 +166,21 @@ def run_sampling(
     else:
         masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    made = list(sample_folders.sample_to_folder(loaded, masks, out, num_samples, seed, grid == "mask", known))
-    print(f"{len(made)} synthetic cases are in {out}, such as {made[0][2][0]}")
+    jobs, refused = sample_folders.jobs_for(loaded, masks, num_samples, seed, grid == "mask", known)
+    if len(masks) == len(refused) == 1:
+        raise InputError(*refused.values())
+    for line in refused.values():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    if not jobs:
+        raise InputError(f"none of the {len(masks)} masks can be used; each is named above.")
+    left = [job for job in jobs if not sample_folders.is_made(job, out)]
+    for _ in sample_folders.make(loaded, left, out):
+        pass
+    before = f"; {len(jobs) - len(left)} of them were there" if len(left) < len(jobs) else ""
+    print(f"{len(jobs)} synthetic cases are in {out}, such as {out / jobs[0].name}{before}")
+    if refused:
+        print(f"{len(refused)} of {len(masks)} masks are left out; each is named above.", file=sys.stderr)
+        raise SystemExit(SOME_LEFT_OUT)
 
 
 def door(program: Callable[[], Any]) -> None:

@@ -14,11 +14,12 @@ from scipy import ndimage
 
 from latdiff3d import datalist, doctor, layouts, runs
 from latdiff3d.config import CONFIG_FOLDER
+from latdiff3d.errors import InputError
 from latdiff3d.evaluation import ContrastAgreement, contrast_sign_agreement
 from latdiff3d.fidelity import psnr
 from latdiff3d.figures import ContactRow, contact_sheet
 from latdiff3d.phantoms import write_phantoms
-from latdiff3d.sample_folders import sample_to_folder
+from latdiff3d.sample_folders import jobs_for, make
 from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of
 
 OVERLAY = CONFIG_FOLDER / "demo.yaml"
@@ -64,7 +65,13 @@ def run_demo(data: Path | None, out: Path, overlays: Sequence[Path]) -> None:
         model = Model.load(out / "runs" / "diffusion")
         cases = cases_of_split(model, data, "val")
         masks, known = [case["mask"] for case in cases], [known_of(model, case) for case in cases]
-        samples = [sample for _, sample, _ in sample_to_folder(model, masks, out / "synthetic", known=known)]
+        jobs, refused = jobs_for(model, masks, known=known)
+        for line in refused.values():
+            print(f"left out: {line}", flush=True)
+        if not jobs:
+            raise InputError(f"none of the {len(masks)} held-out masks can be used; each is named above.")
+        samples = [sample for _, sample, _ in make(model, jobs, out / "synthetic")]
+        cases = [case for case in cases if case["mask"] not in refused]
     with _step("5/5 comparing with the real volumes", seconds):
         text = _report(model, cases, samples, out, data, seconds)
     print("\n" + text)

@@ -12,7 +12,7 @@ from monai.transforms import Compose, Spacingd
 from latdiff3d.checks import affine_problem, voxel_problems
 from latdiff3d.conditioning import MaskCondition, PackedCondition
 from latdiff3d.errors import InputError, root_input_error
-from latdiff3d.readers import file_label, read_header, read_volume, shape_problem, size_text
+from latdiff3d.readers import read_header, read_volume, shape_problem, size_text
 from latdiff3d.synthesis import Model
 from latdiff3d.training_masks import Measures, measured
 from latdiff3d.volumes import cut_around_labels, spacing_mm_of
@@ -52,7 +52,7 @@ def examine(model: Model, mask: str | Path) -> Findings:
     try:
         header = read_header(path)
         wrong = shape_problem(path, header.shape, 1) or affine_problem(path, header.affine)
-        errors = [wrong] if wrong else _label_errors(model, read_volume(path), file_label(path))
+        errors = [wrong] if wrong else _label_errors(model, read_volume(path), Path(path).name)
         if errors:
             return Findings(errors, [])
         whole = model.preprocessing({"mask": path})["mask"]  # (1, D, H, W), mapped, RAS, the model's spacing
@@ -64,7 +64,7 @@ def examine(model: Model, mask: str | Path) -> Findings:
     on_grid = measured(whole, model.num_classes)
     warnings = [*_header_warnings(path, header.stores_integers), *_grid_warnings(model, path, on_grid)]
     if not any(on_grid.volume_mm3[1:]) and not any(_before_resampling(model, path, on_grid).volume_mm3[1:]):
-        errors, more = _empty(model, file_label(path))
+        errors, more = _empty(model, Path(path).name)
         return Findings(errors, [*warnings, *more])
     return Findings([], [*warnings, *_class_warnings(model, path, whole, on_grid)])
 
@@ -108,7 +108,7 @@ def _label_errors(model: Model, mask: MetaTensor, name: str) -> list[str]:
 
 
 def _header_warnings(path: str, stores_integers: bool) -> Iterator[str]:
-    name = file_label(path)
+    name = Path(path).name
     if not stores_integers:
         yield f"{name} stores its labels as floats; all are whole numbers, and taken as such."
     if not path.lower().endswith((".nii", ".nii.gz")):
@@ -132,7 +132,7 @@ def _axes(affine: np.ndarray) -> str:
 
 
 def _grid_warnings(model: Model, path: str, mask: Measures) -> Iterator[str]:
-    name, trained = file_label(path), model.training_masks
+    name, trained = Path(path).name, model.training_masks
     here_mm, model_mm = np.array(mask.spacing_mm), np.array(model.spacing_mm)
     if model.is_resampling:
         stored_mm = spacing_mm_of(path)
@@ -187,7 +187,7 @@ def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measure
     for k, stored in enumerate(_before_resampling(model, path, on_grid).volume_mm3):
         if k == 0 or not stored:
             continue
-        label = f"{file_label(path)}: label {model.class_names[k]} ({stored:.4g} mm³)"
+        label = f"{Path(path).name}: label {model.class_names[k]} ({stored:.4g} mm³)"
         if not on_grid.volume_mm3[k]:
             yield f"{label} is lost at the model's spacing, {_mm(on_grid.spacing_mm)}; the volume will not show it."
         elif not in_crop[k]:

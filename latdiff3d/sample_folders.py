@@ -1,18 +1,39 @@
 """Masks in, folders out: every sample of a model is written as NIfTI with the provenance that makes it again."""
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from latdiff3d import checkpoints, preflight
+from latdiff3d import checkpoints, fingerprints, preflight
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.layouts import MASK_SUFFIXES
 from latdiff3d.synthesis import Model, Sample
-from latdiff3d.volumes import case_name, read_mask, write_synthetic
+from latdiff3d.volumes import case_name, read_mask, sidecar_file, sidecar_of, write_synthetic
 
 _SUFFIXES = f"{', '.join(MASK_SUFFIXES[:-1])} or {MASK_SUFFIXES[-1]}"
+_BESIDE_THE_POINT = ("Path", "Name", "Warnings")  # of a sidecar: what changes no volume
+
+
+class Job(NamedTuple):
+    """One volume that is to be made.
+
+    Attributes:
+        name: of its folder, and of the files in it.
+        mask: its file, None for a model without masks.
+        known: covariates by name.
+        whole: write on the mask file's own grid; else on the model's, the crop alone.
+        provenance: what its sidecar will say.
+    """
+
+    name: str
+    mask: str | Path | None
+    seed: int
+    known: Mapping[str, Any]
+    whole: bool
+    provenance: Mapping[str, Any]
 
 
 def sample_to_folder(
@@ -27,60 +48,96 @@ def sample_to_folder(
     """Write `num_samples` volumes for each mask, or in all for an unconditional model.
 
     Args:
-        model: from `Model.load`.
-        masks: their files; none for an unconditional model.
         out: the folder; each case gets one below it.
-        num_samples: the k-th has seed + k.
-        seed: of the first.
-        whole: write on the mask file's own grid; else on the model's, the crop alone.
-        known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
+        model, masks, num_samples, seed, whole, known: see `jobs_for`.
 
     Yields:
         case, sample and its files, as they are written.
 
     Raises:
-        InputError: two masks of one name, or what `Model.grid_of` and `numbers_of` refuse, before any volume is made.
+        InputError: as `jobs_for`, or a mask that no volume can be made for, before any is made.
+    """
+    jobs, refused = jobs_for(model, masks, num_samples, seed, whole, known)
+    if refused:
+        raise InputError(next(iter(refused.values())))
+    yield from make(model, jobs, out)
+
+
+def jobs_for(
+    model: Model,
+    masks: Sequence[str | Path],
+    num_samples: int = 1,
+    seed: int = 0,
+    whole: bool = True,
+    known: Sequence[Mapping[str, Any]] = (),
+) -> tuple[list[Job], dict[str, str]]:
+    """Look at every mask, print the warnings, and return a job for each volume that can be made.
+
+    Args:
+        model: from `Model.load`.
+        masks: their files; none for an unconditional model.
+        num_samples: for each mask, or in all for an unconditional model; the k-th has seed + k.
+        seed: of the first.
+        whole: see `Job`.
+        known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
+
+    Returns:
+        the jobs; and of each mask that no volume can be made for, by its file, what is wrong with it.
+
+    Raises:
+        InputError: two masks of one name, or what `Model.require_mask` and `numbers_of` refuse.
     """
     named = {case_name(mask): mask for mask in masks}
     if len(named) != len(masks):
         raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
-    digest = checkpoints.sha256(model.path)
-    jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
-    covariates = known or [{}] * len(jobs)
-    found = {mask: preflight.examine(model, mask) for _, mask in jobs if mask is not None}
-    errors = [error for findings in found.values() for error in findings.errors]
-    if errors:
-        raise InputError(errors[0])
-    for (_, mask), given in zip(jobs, covariates, strict=True):
-        model.numbers_of(given, model.grid_of(mask))
-    for warning in (line for findings in found.values() for line in findings.warnings):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    of_model = _provenance_of(model)
+    cases: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
+    jobs: list[Job] = []
+    refused: dict[str, str] = {}
+    for (case, mask), given in zip(cases, known or [{}] * len(cases), strict=True):
+        errors, warnings = ([], []) if mask is None else preflight.examine(model, mask)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if errors:
+            refused[str(mask)] = " ".join(errors)
+            continue
+        numbers = model.numbers_of(given, model.grid_of(mask))
+        of_mask = {
+            "Mask": mask and _described(mask),
+            "Grid": "mask" if mask is not None and whole else "crop",
+            "Covariates": model.covariates.values(numbers),
+            "Warnings": warnings,
+        }
+        for number in range(seed, seed + num_samples):
+            name = case if num_samples == 1 and mask is not None else f"{case}_seed{number:04d}"
+            jobs.append(Job(name, mask, number, given, whole, {**of_model, "Seed": number, **of_mask}))
+    return jobs, refused
+
+
+def make(model: Model, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[str, Sample, list[Path]]]:
+    """Make the volumes of `jobs_for` in `out`, with a progress bar, and yield case, sample and files of each."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    with progress_bar(total=len(jobs) * num_samples, desc="sampling", unit="volume") as bar:
-        for (case, mask), given in zip(jobs, covariates, strict=True):
-            for k in range(num_samples):
-                name = case if num_samples == 1 and mask is not None else f"{case}_seed{seed + k:04d}"
-                sample = model.sample(mask, seed + k, given)
-                on_mask = sample.grid is not None and whole
-                volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
-                provenance = {
-                    "Checkpoint": {"Path": str(model.path), "SHA256": digest},
-                    "Seed": seed + k,
-                    "Sampler": model.synthesizer.sampler,
-                    "Steps": model.synthesizer.num_steps,
-                    "StepSpacing": model.synthesizer.step_spacing,
-                    "Eta": model.synthesizer.eta,
-                    "Guidance": model.synthesizer.guidance.scale,
-                    "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
-                    "Covariates": sample.known,
-                    "LabelMap": {str(label): ours for label, ours in model.label_map.items()},
-                    "Warnings": [] if mask is None else found[mask].warnings,
-                    "Units": "normalised intensity, 0 to 1",
-                }
-                labels = read_mask(mask, model.label_map)[0] if mask is not None and on_mask else None
-                files = write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
-                bar.update()
-                yield name, sample, files
+    with progress_bar(total=len(jobs), desc="sampling", unit="volume") as bar:
+        for job in jobs:
+            sample = model.sample(job.mask, job.seed, job.known)
+            on_mask = sample.grid is not None and job.whole
+            volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
+            labels = read_mask(job.mask, model.label_map)[0] if job.mask is not None and on_mask else None
+            files = write_synthetic(Path(out), job.name, volume, affine, model.modalities, job.provenance, labels)
+            bar.update()
+            yield job.name, sample, files
+
+
+def is_made(job: Job, out: str | Path) -> bool:
+    """Say whether `out` holds the volume of a job: all files as its sidecar has them, made as the job would make it."""
+    file = sidecar_file(Path(out), job.name)
+    try:
+        found = json.loads(file.read_text())
+        are_whole = all(checkpoints.sha256(file.parent / name) == digest for name, digest in found["Files"].items())
+    except (OSError, ValueError, KeyError, AttributeError):  # absent, cut, or of another version
+        return False
+    wanted = json.loads(json.dumps(sidecar_of(job.provenance)))
+    return are_whole and all(_essence(found.get(key)) == _essence(value) for key, value in _essence(wanted).items())
 
 
 def masks_at(place: str | Path) -> list[Path]:
@@ -95,6 +152,39 @@ def masks_at(place: str | Path) -> list[Path]:
     if not masks:
         raise InputError(f"there is no mask at {path}; expected a {_SUFFIXES} file, or a folder of them.")
     return masks
+
+
+def _provenance_of(model: Model) -> dict[str, Any]:
+    synthesizer = model.synthesizer
+    return {
+        "Checkpoint": {"Path": str(model.path), "SHA256": checkpoints.sha256(model.path)},
+        "Sampler": synthesizer.sampler,
+        "Steps": synthesizer.num_steps,
+        "StepSpacing": synthesizer.step_spacing,
+        "Eta": synthesizer.eta,
+        "Guidance": synthesizer.guidance.scale,
+        "GuidanceInterval": list(synthesizer.guidance.interval),
+        "Precision": synthesizer.precision,
+        "MaskMode": model.config.get()["mask_mode"] if model.is_conditional else None,
+        "LabelMap": {str(label): ours for label, ours in model.label_map.items()},
+        "Units": "normalised intensity, 0 to 1",
+    }
+
+
+def _described(mask: str | Path) -> dict[str, str]:
+    """Return a mask's name and hashes; Content sees voxels that a format keeps in a file beside the one named."""
+    return {
+        "Name": Path(mask).name,
+        "SHA256": checkpoints.sha256(Path(mask)),
+        "Content": fingerprints.of_volume(str(mask)),
+    }
+
+
+def _essence(value: Any) -> Any:
+    """Return a part of a sidecar without what changes no volume."""
+    if not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in _BESIDE_THE_POINT}
 
 
 def _is_mask(file: Path) -> bool:

@@ -1,5 +1,6 @@
 """Where a volume lies in the world: a mask brought to the model's grid, a volume back to the mask's; NIfTI files."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ def write_synthetic(
 ) -> list[Path]:
     """Write `<folder>/<case>/<case>_<modality>.nii.gz`, BraTS's layout, the mask beside them, and a JSON sidecar.
 
+    The sidecar is written last, with the files' hashes: one that is there stands for a case that is whole.
+
     Args:
         volume: (C, D, H, W), one channel a modality.
         affine: (4, 4), voxel to RAS mm.
@@ -91,17 +94,33 @@ def write_synthetic(
     Returns:
         the volumes' paths.
     """
-    target = folder / case
+    sidecar = sidecar_file(folder, case)
+    target = sidecar.parent
     target.mkdir(parents=True, exist_ok=True)
+    sidecar.unlink(missing_ok=True)  # of what was there before; the new one comes last, once all else is whole
     paths = []
     for channel, modality in zip(volume, modalities, strict=True):
         paths.append(target / f"{case}_{modality}.nii.gz")
         _write_nifti(paths[-1], channel.astype(np.float32), affine, SYNTHETIC)
+    written = list(paths)
     if mask is not None:
-        _write_nifti(target / f"{case}_seg.nii.gz", mask, affine, "the mask these SYNTHETIC volumes were made for")
-    sidecar = {"SyntheticData": True, "GeneratedBy": {"Name": "latdiff3d", "Version": __version__}, **provenance}
-    (target / f"{case}.json").write_text(json.dumps(sidecar, indent=2) + "\n")
+        written.append(target / f"{case}_seg.nii.gz")
+        _write_nifti(written[-1], mask, affine, "the mask these SYNTHETIC volumes were made for")
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
+    temporary = target / f".tmp_{sidecar.name}"
+    temporary.write_text(json.dumps(sidecar_of(provenance) | {"Files": digests}, indent=2) + "\n")
+    temporary.replace(sidecar)
     return paths
+
+
+def sidecar_file(folder: Path, case: str) -> Path:
+    """Return where the sidecar of a case is, beside its volumes."""
+    return folder / case / f"{case}.json"
+
+
+def sidecar_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the sidecar says besides the hashes of the files, `Files`."""
+    return {"SyntheticData": True, "GeneratedBy": {"Name": "latdiff3d", "Version": __version__}, **provenance}
 
 
 def read_mask(path: str | Path, label_map: Mapping[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -484,13 +484,6 @@ def twins(folder, good):
     return folder
 
 
-def second_bad(folder, good):
-    for name in ("a.nii.gz", "b.nii.gz"):
-        shutil.copy(good, folder / name)
-    rewrite(folder / "b.nii.gz", with_label_7)
-    return folder
-
-
 def half(folder, good):
     (folder / "a_seg.nii.gz").write_bytes(good.read_bytes()[:150])
     return folder / "a_seg.nii.gz"
@@ -518,7 +511,6 @@ MASKS = [
     ("a mask with NaN", mask_file(lambda v: np.where(v == 1, np.nan, v).astype(np.float32)), r"labels are no integers"),
     ("a truncated mask", half, r"a_seg\.nii\.gz is truncated or damaged"),
     ("a picture", picture, r"a\.png is no volume that can be read; expected \.nii\.gz, \.nii"),
-    ("a bad mask after a good one", second_bad, r"b\.nii\.gz has labels \{7\}; this model knows"),
     ("two masks of one name", twins, r"2 masks have only 1 different names"),
 ]
 

@@ -5,9 +5,12 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from conftest import run_here, truncate
 
+from latdiff3d import checkpoints
 from latdiff3d.errors import InputError, root_input_error
-from latdiff3d.sample_folders import masks_at, sample_to_folder
+from latdiff3d.sample_folders import is_made, jobs_for, make, masks_at, sample_to_folder
 from latdiff3d.synthesis import Model
 
 
@@ -51,3 +54,140 @@ def test_a_file_or_a_folder_names_masks(mask, tmp_path):
     assert [path.name for path in masks_at(tmp_path)] == ["a_seg.nii.gz", "b.nii", "c.MHA", "d.nrrd", "e.dcm"]
     with pytest.raises(InputError, match="there is no mask at"):
         masks_at(tmp_path / "nowhere")
+
+
+# A folder with bad masks, and one that was interrupted
+
+
+NUM_MASKS = 50
+BAD = ("m04", "m11", "m23", "m38", "m49")
+
+
+@pytest.fixture(scope="module")
+def fifty(mask, tmp_path_factory):
+    """50 masks, each with a lesion at a place of its own, the five of BAD bad in five ways."""
+    folder = tmp_path_factory.mktemp("fifty")
+    image = nib.load(mask)
+    labels = np.asarray(image.dataobj)
+    for number in range(NUM_MASKS):
+        shifted = np.roll(labels, (number % 3, number // 3 % 3, number // 9 % 3), axis=(0, 1, 2))
+        nib.save(nib.Nifti1Image(shifted, image.affine), folder / f"m{number:02d}_seg.nii.gz")
+    wrong = [np.where(labels == 4, 7, labels), labels * 0, labels / 2.0, np.stack([labels] * 2, -1)]
+    for name, voxels in zip(BAD, wrong, strict=False):
+        nib.save(nib.Nifti1Image(voxels, image.affine), folder / f"{name}_seg.nii.gz")
+    truncate(folder / f"{BAD[4]}_seg.nii.gz")
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(fifty, tiny_runs, tmp_path_factory):
+    """What sampling all of them said and made."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    return run_here("sample", "-r", tiny_runs.diffusion, "--mask", fifty, "--out", out, "--seed", 3), out
+
+
+def test_of_50_masks_with_5_bad_ones_45_are_done_and_5_named(done, fifty):
+    ended, out = done
+    assert ended.code == 3, ended
+    assert len(list(out.iterdir())) == 45 and not [name for name in BAD if (out / name).exists()]
+    assert "45 synthetic cases are in" in ended.out
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    for name, words in zip(
+        BAD, ("has labels {7}", "is empty", "labels are no integers", "is 4D", "truncated or damaged"), strict=True
+    ):
+        assert [line for line in errors if f"{name}_seg.nii.gz" in line and words in line], ended.err
+    assert "5 of 50 masks are left out; each is named above." in ended.err
+
+
+def test_a_folder_goes_on_where_it_was_stopped(done, fifty, tiny_runs, tmp_path, monkeypatch):
+    whole = done[1]
+    out = tmp_path / "out"
+    model = Model.load(tiny_runs.diffusion)
+    jobs, refused = jobs_for(model, masks_at(fifty), seed=3)
+    assert len(jobs) == 45 and len(refused) == 5
+    shutil.copytree(whole, out)
+    for job in jobs[20:]:
+        shutil.rmtree(out / job.name)
+    # killed within a case: its sidecar is written last
+    (out / jobs[19].name / f"{jobs[19].name}.json").unlink()
+    truncate(out / jobs[19].name / f"{jobs[19].name}_t1.nii.gz")
+    (out / jobs[19].name / f".tmp_{jobs[19].name}_t2.nii.gz").write_bytes(b"half")
+    asked = []
+    original = Model.sample
+    monkeypatch.setattr(Model, "sample", lambda self, mask, *rest: (asked.append(mask), original(self, mask, *rest))[1])
+    ended = run_here("sample", "-r", tiny_runs.diffusion, "--mask", fifty, "--out", out, "--seed", 3)
+    assert ended.code == 3 and "45 synthetic cases are in" in ended.out and "19 of them were there" in ended.out
+    assert asked == [job.mask for job in jobs[19:]]
+    assert contents(out) == contents(whole)
+
+
+@pytest.fixture
+def job(model, mask, tmp_path):
+    [job], _ = jobs_for(model, [mask], seed=3)
+    list(make(model, [job], tmp_path / "out"))
+    return job
+
+
+def test_a_volume_is_made_once(job, tmp_path):
+    assert is_made(job, tmp_path / "out") and not is_made(job, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("settings", [{"sampling_steps": 4}, {"guidance": 2.0}, {"sampler": "ddpm"}, {}])
+def test_with_other_settings_it_is_made_again(job, tiny_runs, mask, tmp_path, settings):
+    other = Model.load(tiny_runs.diffusion, settings=settings)
+    [again], _ = jobs_for(other, [mask], seed=3)
+    assert is_made(again, tmp_path / "out") == (not settings)
+
+
+@pytest.mark.parametrize(("seed", "whole", "label_map"), [(4, True, {}), (3, False, {}), (3, True, {2: 1})])
+def test_with_another_seed_grid_or_label_map_it_is_made_again(job, model, mask, tmp_path, seed, whole, label_map):
+    other = model.with_label_map(label_map) if label_map else model
+    [again], _ = jobs_for(other, [mask], seed=seed, whole=whole)
+    assert not is_made(again, tmp_path / "out")
+
+
+def test_for_another_mask_of_that_name_or_of_another_model_it_is_made_again(job, model, mask, tmp_path):
+    image = nib.load(mask)
+    other_mask = tmp_path / mask.name
+    nib.save(nib.Nifti1Image(np.flip(np.asarray(image.dataobj), 0).copy(), image.affine), other_mask)
+    [again], _ = jobs_for(model, [other_mask], seed=3)
+    assert again.name == job.name and not is_made(again, tmp_path / "out")
+    checkpoints.save(tmp_path / "x.pt", {**checkpoints.load(model.path), "epoch": 99})
+    [again], _ = jobs_for(Model.load(tmp_path / "x.pt"), [mask], seed=3)
+    assert not is_made(again, tmp_path / "out")
+    shutil.copy(model.path, tmp_path / "moved.pt")
+    [again], _ = jobs_for(Model.load(tmp_path / "moved.pt"), [mask], seed=3)
+    assert is_made(again, tmp_path / "out")  # wherever the same checkpoint lies
+
+
+def test_the_voxels_beside_an_mhd_header_count(model, mask, tmp_path):
+    image = sitk.ReadImage(str(mask))
+    sitk.WriteImage(image, str(tmp_path / "a.mhd"))
+    [job], _ = jobs_for(model, [tmp_path / "a.mhd"])
+    list(make(model, [job], tmp_path / "out"))
+    assert is_made(job, tmp_path / "out")
+    sitk.WriteImage(sitk.Flip(image, (True, False, False)), str(tmp_path / "b.mhd"))
+    (tmp_path / "b.raw").replace(tmp_path / "a.raw")
+    [job], _ = jobs_for(model, [tmp_path / "a.mhd"])
+    assert not is_made(job, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), truncate, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("suffix", ["_t1.nii.gz", "_seg.nii.gz", ".json"])
+def test_a_file_that_is_gone_or_damaged_is_made_again(job, tmp_path, suffix, damage):
+    damage(tmp_path / "out" / job.name / f"{job.name}{suffix}")
+    assert not is_made(job, tmp_path / "out")
+
+
+def test_several_bad_masks_and_no_good_one_are_refused(fifty, tiny_runs, tmp_path):
+    (tmp_path / "bad").mkdir()
+    for name in BAD:
+        shutil.copy(fifty / f"{name}_seg.nii.gz", tmp_path / "bad")
+    ended = run_here("sample", "-r", tiny_runs.diffusion, "--mask", tmp_path / "bad", "--out", tmp_path / "out")
+    assert ended.code == 2 and len(ended.err.strip().splitlines()) == 6
+    assert ended.err.strip().endswith("error: none of the 5 masks can be used; each is named above.")
+    assert not (tmp_path / "out").exists()
