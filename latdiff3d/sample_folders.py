@@ -2,9 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from latdiff3d import checkpoints, fingerprints, preflight
 from latdiff3d.errors import InputError
@@ -111,6 +113,7 @@ def jobs_for(
         for number in range(seed, seed + num_samples):
             name = case if num_samples == 1 and mask is not None else f"{case}_seed{number:04d}"
             jobs.append(Job(name, mask, number, given, whole, {**of_model, "Seed": number, **of_mask}))
+    _warn_of_unused_labels(model, {job.mask for job in jobs if job.mask is not None})
     return jobs, refused
 
 
@@ -134,7 +137,7 @@ def is_made(job: Job, out: str | Path) -> bool:
     try:
         found = json.loads(file.read_text())
         are_whole = all(checkpoints.sha256(file.parent / name) == digest for name, digest in found["Files"].items())
-    except (OSError, ValueError, KeyError, AttributeError):  # absent, cut, or of another version
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, cut, or of another version
         return False
     wanted = json.loads(json.dumps(sidecar_of(job.provenance)))
     return are_whole and all(_essence(found.get(key)) == _essence(value) for key, value in _essence(wanted).items())
@@ -152,6 +155,15 @@ def masks_at(place: str | Path) -> list[Path]:
     if not masks:
         raise InputError(f"there is no mask at {path}; expected a {_SUFFIXES} file, or a folder of them.")
     return masks
+
+
+def _warn_of_unused_labels(model: Model, masks: Iterable[str | Path]) -> None:
+    if not model.label_map:
+        return
+    unused = set(model.label_map).difference(*(np.unique(read_mask(mask)[0]).tolist() for mask in masks))
+    if unused:
+        listed = ", ".join(map(str, sorted(unused)))
+        print(f"warning: --label-map names {listed}, which none of the masks holds.", file=sys.stderr, flush=True)
 
 
 def _provenance_of(model: Model) -> dict[str, Any]:

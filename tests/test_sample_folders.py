@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import run_here, truncate
+from test_dicom_masks import two_segments, write_segmentation
 
 from latdiff3d import checkpoints
 from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.sample_folders import is_made, jobs_for, make, masks_at, sample_to_folder
 from latdiff3d.synthesis import Model
+from latdiff3d.volumes import read_mask
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,34 @@ def test_several_bad_masks_and_no_good_one_are_refused(fifty, tiny_runs, tmp_pat
     assert ended.code == 2 and len(ended.err.strip().splitlines()) == 6
     assert ended.err.strip().endswith("error: none of the 5 masks can be used; each is named above.")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_label_map_that_changes_nothing_is_a_warning(model, mask, capsys):
+    jobs_for(model.with_label_map({2: 1, 9: 1}), [mask])
+    assert "warning: --label-map names 9, which none of the masks holds." in capsys.readouterr().err
+    jobs_for(model.with_label_map({2: 1}), [mask])
+    assert "--label-map" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd"])
+def test_a_mask_of_another_format_makes_the_same_volume_in_the_same_place(model, mask, tmp_path, suffix):
+    sitk.WriteImage(sitk.ReadImage(str(mask)), str(tmp_path / f"a{suffix}"))
+    [(_, _, files)] = sample_to_folder(model, [tmp_path / f"a{suffix}"], tmp_path / "out", seed=3)
+    [(_, _, others)] = sample_to_folder(model, [mask], tmp_path / "out", seed=3)
+    for file, other in zip(files, others, strict=True):
+        assert np.array_equal(nib.load(file).get_fdata(), nib.load(other).get_fdata())
+        assert np.allclose(nib.load(file).affine, nib.load(other).affine, atol=1e-4)
+    seg = nib.load(tmp_path / "out" / "a" / "a_seg.nii.gz")
+    assert np.array_equal(np.asarray(seg.dataobj), np.asarray(nib.load(mask).dataobj))
+
+
+def test_a_dicom_segmentation_makes_a_volume_where_it_lies(model, tmp_path):
+    highdicom = pytest.importorskip("highdicom")
+    path = write_segmentation(highdicom, tmp_path / "a_seg.dcm", two_segments())
+    [(name, _, files)] = sample_to_folder(model, [path], tmp_path / "out", seed=3)
+    labels, affine = read_mask(path)
+    assert name == "a" and len(files) == 4
+    for file in files:
+        image = nib.load(file)
+        assert image.shape == labels.shape and np.allclose(image.affine, affine, atol=1e-4)
+    assert np.array_equal(np.asarray(nib.load(files[0].parent / "a_seg.nii.gz").dataobj), labels)
