@@ -137,6 +137,7 @@ def run_sampling(
     Raises:
         InputError: for a user's mistake.
     """
+    import latdiff3d
     from latdiff3d import sample_folders, synthesis
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
@@ -148,7 +149,7 @@ def run_sampling(
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
     given = parse_covariates(covariates or [])
-    loaded = synthesis.Model.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
+    loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     if data is not None:
         cases = synthesis.cases_of_split(loaded, data, split)
         masks: list[Any] = [case["mask"] for case in cases]
