@@ -67,6 +67,17 @@ def sample(
 
 
 @app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="a NIfTI file")]) -> None:
+    """Tell whether a file is synthetic, and by what. Exit code 0: it is; 1: it has no mark of ours; 2: a mistake."""
+    from latdiff3d import provenance
+
+    found = provenance.inspect(file)
+    print(found.report())
+    if not found.is_synthetic:
+        raise SystemExit(1)
+
+
+@app.command()
 def plan(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as batch_size=2")] = None,
     config: Annotated[list[Path] | None, typer.Option(help="overlay YAML, of either stage; may be repeated")] = None,

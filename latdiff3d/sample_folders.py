@@ -7,6 +7,7 @@ from typing import Any
 from latdiff3d import checkpoints
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
+from latdiff3d.provenance import computed_on
 from latdiff3d.synthesis import Model, Sample
 from latdiff3d.volumes import case_name, read_mask, write_synthetic
 
@@ -63,6 +64,7 @@ def sample_to_folder(
                     "Guidance": model.synthesizer.guidance.scale,
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
                     "Covariates": sample.known,
+                    **computed_on(model.synthesizer.device, model.synthesizer.precision),
                     "Units": "normalised intensity, 0 to 1",
                 }
                 labels = read_mask(mask)[0] if mask is not None and on_mask else None

@@ -14,12 +14,9 @@ from monai.transforms import Compose, SpatialCrop, SpatialPad
 from monai.transforms.utils import convert_applied_interp_mode, generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
 
-from latdiff3d import __version__
 from latdiff3d.layouts import volume_stem
+from latdiff3d.provenance import mark, sidecar_of
 from latdiff3d.readers import read_header, read_volume
-
-# What every file's header says, so that a synthetic volume is never taken for a patient's; NIfTI allows 79 characters.
-SYNTHETIC = f"SYNTHETIC volume, not a patient's; latdiff3d {__version__}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def write_synthetic(
     Args:
         volume: (C, D, H, W), one channel a modality.
         affine: (4, 4), voxel to RAS mm.
-        provenance: what made it: model, seed, sampler.
+        provenance: what made it: model, seed, sampler; see `provenance.sidecar_of`.
         mask: (D, H, W) as in the mask's file, written as `_seg`.
 
     Returns:
@@ -90,11 +87,12 @@ def write_synthetic(
     paths = []
     for channel, modality in zip(volume, modalities, strict=True):
         paths.append(target / f"{case}_{modality}.nii.gz")
-        _write_nifti(paths[-1], channel.astype(np.float32), affine, SYNTHETIC)
+        _write_nifti(paths[-1], channel.astype(np.float32), affine, "volume", provenance)
+    files = dict.fromkeys(paths, "volume")
     if mask is not None:
-        _write_nifti(target / f"{case}_seg.nii.gz", mask, affine, "the mask these SYNTHETIC volumes were made for")
-    sidecar = {"SyntheticData": True, "GeneratedBy": {"Name": "latdiff3d", "Version": __version__}, **provenance}
-    (target / f"{case}.json").write_text(json.dumps(sidecar, indent=2) + "\n")
+        files[target / f"{case}_seg.nii.gz"] = "mask"
+        _write_nifti(target / f"{case}_seg.nii.gz", mask, affine, "mask", provenance)
+    (target / f"{case}.json").write_text(json.dumps(sidecar_of(provenance, files), indent=2) + "\n")
     return paths
 
 
@@ -130,9 +128,9 @@ def case_name(mask: str | Path) -> str:
     return volume_stem(str(mask)).removesuffix("_seg")
 
 
-def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, description: str) -> None:
+def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, kind: str, provenance: Mapping[str, Any]) -> None:
     image = nib.Nifti1Image(array, affine)
-    image.header["descrip"] = description
+    mark(image, kind, provenance)
     image.header.set_xyzt_units("mm")
     temporary = path.with_name(f".tmp_{path.name}")
     nib.save(image, temporary)
