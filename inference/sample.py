@@ -24,12 +24,14 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="scale of the mask's pull (default: the configuration's)")
     parser.add_argument("--covariate", action="append", help="name=value, such as age=60; may be repeated")
     parser.add_argument("--gpus", help="number of one GPU, such as 0, (default: the first, or the CPU)")
+    parser.add_argument("--no-pictures", action="store_true", help="write no PNG beside each case")
+    parser.add_argument("--gif", action="store_true", help="write a GIF that goes through the slices")
     given = parser.parse_args()
     if given.batch_size != 1:
         raise InputError(f"--batch_size is {given.batch_size}; volumes are made one by one: leave it out or give 1.")
     run_sampling(
         given.resume, given.out, given.mask, None, "val", given.n_samples, given.seed, given.steps, "mask", given.gpus,
-        given.guidance, given.sampler, None, given.covariate,
+        given.guidance, given.sampler, None, given.covariate, not given.no_pictures, given.gif,
     )  # fmt: skip
 
 

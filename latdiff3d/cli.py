@@ -59,11 +59,14 @@ def sample(
     covariate: Annotated[list[str] | None, typer.Option(help="name=value, such as age=60; may be repeated")] = None,
     grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+    pictures: Annotated[bool, typer.Option(help="a PNG beside each case: three planes, the mask's outline")] = True,
+    gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
 ) -> None:
     """Make synthetic volumes that lie on masks."""
     run_sampling(
-        model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate
-    )
+        model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate,
+        pictures, gif,
+    )  # fmt: skip
 
 
 @app.command()
@@ -142,6 +145,8 @@ def run_sampling(
     sampler: str | None,
     settings: Sequence[str] | None = None,
     covariates: Sequence[str] | None = None,
+    picture: bool = True,
+    gif: bool = False,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
@@ -168,7 +173,8 @@ def run_sampling(
     else:
         masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    made = list(sample_folders.sample_to_folder(loaded, masks, out, num_samples, seed, grid == "mask", known))
+    whole = grid == "mask"
+    made = list(sample_folders.sample_to_folder(loaded, masks, out, num_samples, seed, whole, known, picture, gif))
     print(f"{len(made)} synthetic cases are in {out}, such as {made[0][2][0]}")
 
 

@@ -4,9 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latdiff3d import checkpoints
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
+from latdiff3d.pictures import write_pictures
 from latdiff3d.provenance import computed_on
 from latdiff3d.synthesis import Model, Sample
 from latdiff3d.volumes import case_name, read_mask, write_synthetic
@@ -20,6 +23,8 @@ def sample_to_folder(
     seed: int = 0,
     whole: bool = True,
     known: Sequence[Mapping[str, Any]] = (),
+    picture: bool = True,
+    gif: bool = False,
 ) -> Iterator[tuple[str, Sample, list[Path]]]:
     """Write `num_samples` volumes for each mask, or in all for an unconditional model.
 
@@ -31,6 +36,7 @@ def sample_to_folder(
         seed: of the first.
         whole: write on the mask file's own grid; else on the model's, the crop alone.
         known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
+        picture, gif: write which pictures of each, see `pictures.write_pictures`.
 
     Yields:
         case, sample and its files, as they are written.
@@ -69,6 +75,8 @@ def sample_to_folder(
                 }
                 labels = read_mask(mask)[0] if mask is not None and on_mask else None
                 files = write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
+                shown = labels if sample.grid is None or on_mask else np.asarray(sample.grid.mask[0])
+                write_pictures(Path(out) / name, name, volume, affine, shown, model.modalities, picture, gif)
                 bar.update()
                 yield name, sample, files
 

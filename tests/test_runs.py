@@ -537,11 +537,11 @@ def samples(tiny_runs, mask, tmp_path_factory):
     return out
 
 
-def test_a_sample_is_the_volumes_the_mask_and_a_sidecar(samples):
+def test_a_sample_is_the_volumes_the_mask_a_sidecar_and_a_picture(samples):
     names = {str(path) for path in files_of(samples)}
     assert names == {
         f"phantom_0004/phantom_0004{ending}"
-        for ending in ("_flair.nii.gz", "_t1.nii.gz", "_t1ce.nii.gz", "_t2.nii.gz", "_seg.nii.gz", ".json")
+        for ending in ("_flair.nii.gz", "_t1.nii.gz", "_t1ce.nii.gz", "_t2.nii.gz", "_seg.nii.gz", ".json", ".png")
     }
 
 

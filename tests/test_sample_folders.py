@@ -65,3 +65,14 @@ def test_the_sidecar_says_what_made_a_sample_and_on_what(model, mask, tmp_path):
     assert list(said["Files"]) == [*(file.name for file in files), f"{name}_seg.nii.gz"]
     found = provenance.inspect(files[0])
     assert found.unchanged and found.said["Checkpoint"]["SHA256"] == checkpoints.sha256(model.path)
+
+
+def test_a_picture_lies_beside_each_case_unless_it_is_left_out(model, mask, tmp_path):
+    list(sample_to_folder(model, [mask], tmp_path / "a", seed=3, gif=True))
+    list(sample_to_folder(model, [mask], tmp_path / "b", seed=3, gif=True))
+    list(sample_to_folder(model, [mask], tmp_path / "none", seed=3, picture=False))
+    for ending in ("png", "gif"):
+        [one], [other] = (list((tmp_path / out).rglob(f"*.{ending}")) for out in "ab")
+        assert one.name == f"phantom_0004.{ending}" and one.read_bytes() == other.read_bytes()
+    assert not [*(tmp_path / "none").rglob("*.png"), *(tmp_path / "none").rglob("*.gif")]
+    assert len(list((tmp_path / "none").rglob("*.nii.gz"))) == 5
