@@ -61,11 +61,13 @@ def sample(
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
     pictures: Annotated[bool, typer.Option(help="a PNG beside each case: three planes, the mask's outline")] = True,
     gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
+    like: Annotated[str | None, typer.Option(help="a scan whose range of intensities to take; default: 0 to 1")] = None,
+    int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,
 ) -> None:
     """Make synthetic volumes that lie on masks."""
     run_sampling(
         model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate,
-        pictures, gif,
+        pictures, gif, like, int16,
     )  # fmt: skip
 
 
@@ -147,6 +149,8 @@ def run_sampling(
     covariates: Sequence[str] | None = None,
     picture: bool = True,
     gif: bool = False,
+    like: str | None = None,
+    int16: bool = False,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
@@ -154,9 +158,10 @@ def run_sampling(
         InputError: for a user's mistake.
     """
     import latdiff3d
-    from latdiff3d import sample_folders, synthesis
+    from latdiff3d import intensities, sample_folders, synthesis
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
+    from latdiff3d.layouts import scan_files
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -173,8 +178,12 @@ def run_sampling(
     else:
         masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    whole = grid == "mask"
-    made = list(sample_folders.sample_to_folder(loaded, masks, out, num_samples, seed, whole, known, picture, gif))
+    scan = like and intensities.reference(scan_files(like, loaded.modalities), loaded.preprocessing)
+    made = list(
+        sample_folders.sample_to_folder(
+            loaded, masks, out, num_samples, seed, grid == "mask", known, picture, gif, scan or None, int16
+        )
+    )
     print(f"{len(made)} synthetic cases are in {out}, such as {made[0][2][0]}")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from latdiff3d import checkpoints
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
+from latdiff3d.intensities import Reference
 from latdiff3d.pictures import write_pictures
 from latdiff3d.provenance import computed_on
 from latdiff3d.synthesis import Model, Sample
@@ -25,6 +26,8 @@ def sample_to_folder(
     known: Sequence[Mapping[str, Any]] = (),
     picture: bool = True,
     gif: bool = False,
+    like: Reference | None = None,
+    int16: bool = False,
 ) -> Iterator[tuple[str, Sample, list[Path]]]:
     """Write `num_samples` volumes for each mask, or in all for an unconditional model.
 
@@ -37,6 +40,8 @@ def sample_to_folder(
         whole: write on the mask file's own grid; else on the model's, the crop alone.
         known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
         picture, gif: write which pictures of each, see `pictures.write_pictures`.
+        like: a scan to whose range intensities are mapped; [0, 1] where there is none.
+        int16: see `volumes.write_marked`.
 
     Yields:
         case, sample and its files, as they are written.
@@ -71,10 +76,13 @@ def sample_to_folder(
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
                     "Covariates": sample.known,
                     **computed_on(model.synthesizer.device, model.synthesizer.precision),
-                    "Units": "normalised intensity, 0 to 1",
+                    "Units": "normalised intensity, 0 to 1" if like is None else "those of the scan in Like",
+                    "DataType": "int16" if int16 else "float32",
+                    **(like.said(model.modalities) if like is not None else {}),
                 }
+                written = volume if like is None else like.unscaled(volume)
                 labels = read_mask(mask)[0] if mask is not None and on_mask else None
-                files = write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
+                files = write_synthetic(Path(out), name, written, affine, model.modalities, provenance, labels, int16)
                 shown = labels if sample.grid is None or on_mask else np.asarray(sample.grid.mask[0])
                 write_pictures(Path(out) / name, name, volume, affine, shown, model.modalities, picture, gif)
                 bar.update()

@@ -26,7 +26,9 @@ FLOORS = [
     {"settings"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"coarse_masks", "updates"},
-    {"transforms", "volumes", "doctor", "pretrained", "tiling"},
+    {"volumes"},
+    {"intensities"},
+    {"transforms", "doctor", "pretrained", "tiling"},
     {"skipping", "provenance"},
     {"checks", "norms", "batches", "loading"},
     {"readers"},
