@@ -72,6 +72,28 @@ def sample(
 
 
 @app.command()
+def reconstruct(
+    model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of either stage, or its run's folder")],
+    image: Annotated[list[str], typer.Option(help="a scan: a file, files joined by commas, or a folder; repeatable")],
+    out: Annotated[Path, typer.Option(help="folder for the volumes")] = Path("reconstructions"),
+    memory: Annotated[str, typer.Option(help="GB that may be taken; larger volumes are done by tiles")] = "4GB",
+    gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+    pictures: Annotated[bool, typer.Option(help="a PNG of each: scan, reconstruction and error")] = True,
+    int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,
+) -> None:
+    """Show what the autoencoder alone makes of scans, and where it errs."""
+    from latdiff3d.memory import gigabytes
+    from latdiff3d.reconstruction import Reconstructor, reconstruct_to_folder
+
+    memory_gb = gigabytes(memory)
+    made = reconstruct_to_folder(Reconstructor.load(model, gpus), image, out, memory_gb, pictures, int16)
+    for case, figures in made:
+        psnr = figures["PSNR"]["All"]
+        said = "no difference" if psnr is None else f"PSNR {psnr:.2f} dB"
+        print(f"{case}: {said}, SSIM {figures['SSIM']['All']:.4f}, in {out / case}")
+
+
+@app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="a NIfTI file")]) -> None:
     """Tell whether a file is synthetic, and by what. Exit code 0: it is; 1: it has no mark of ours; 2: a mistake."""
     from latdiff3d import provenance

@@ -28,11 +28,13 @@ from latdiff3d.readers import read_header
 MARK = "SYNTHETIC"
 DESCRIPTIONS = {
     "volume": f"{MARK} volume, not a patient's; latdiff3d {__version__}",
+    "reconstruction": f"{MARK}: an autoencoder's view of a scan, no scan; latdiff3d {__version__}",
+    "error": f"{MARK}: an autoencoder's error on a scan, no scan; latdiff3d {__version__}",
     "mask": f"the mask these {MARK} volumes were made for",
 }
 COMMENT = 6  # the code of a NIfTI extension of text
 IN_HEADER = ("SyntheticData", "GeneratedBy", "Seed", "Sampler", "Steps", "Guidance", "Units")
-BY_HASH = ("Checkpoint", "Mask")
+BY_HASH = ("Checkpoint", "Mask", "Image")  # one file, or a list of them
 
 _NIFTI = (".nii.gz", ".nii")
 
@@ -69,13 +71,13 @@ class Inspection:
             if self.description == DESCRIPTIONS["mask"]:
                 return f"{self.path} is {self.description}, not itself synthetic"
             return f"{self.path} has no mark of latdiff3d, which does not say that it is a real scan"
-        hashed = {key: self.said[key] for key in BY_HASH if self.said.get(key)}
         facts = {
             "says": self.description or "nothing in its description",
             "mark in": ", ".join(self.found_in),
-            "model": _named(hashed.get("Checkpoint")),
+            "model": _named(self.said.get("Checkpoint")),
             "seed": self.said.get("Seed"),
-            "mask": _named(hashed.get("Mask")),
+            "mask": _named(self.said.get("Mask")),
+            "image": _named(self.said.get("Image")),
             "units": self.said.get("Units"),
             "sidecar": self.sidecar or "none beside it",
             "file": {True: "as it was written", False: "CHANGED since it was written", None: None}[self.unchanged],
@@ -142,7 +144,7 @@ def mark(image: nib.Nifti1Image, kind: str, provenance: Mapping[str, Any]) -> No
     sidecar = sidecar_of(provenance, {})
     said = {key: sidecar[key] for key in IN_HEADER if key in sidecar}
     del said["GeneratedBy"]["SourceSHA256"]  # or the volumes of two states of the code would never be equal files
-    said |= {key: {"SHA256": sidecar[key]["SHA256"]} for key in BY_HASH if sidecar.get(key)}
+    said |= {key: _hashes(sidecar[key]) for key in BY_HASH if sidecar.get(key)}
     image.header.extensions.append(Nifti1Extension(COMMENT, json.dumps({"latdiff3d": said}).encode()))
 
 
@@ -190,8 +192,15 @@ def _sidecar(path: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def _named(thing: Mapping[str, Any] | None) -> str | None:
+def _hashes(thing: Any) -> Any:
+    """Return a sidecar's file, or list of files, without names and paths."""
+    return [_hashes(each) for each in thing] if isinstance(thing, list) else {"SHA256": thing["SHA256"]}
+
+
+def _named(thing: Any) -> str | None:
     if not thing:
         return None
+    if isinstance(thing, list):
+        return "; ".join(str(_named(each)) for each in thing)
     name = thing.get("Path") or thing.get("Name")
     return f"{name}, SHA-256 {thing['SHA256']}" if name else f"SHA-256 {thing['SHA256']}"

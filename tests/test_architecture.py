@@ -13,7 +13,7 @@ FLOORS = [
     {"cli"},
     {"demo"},
     {"sample_folders"},
-    {"synthesis", "runs"},
+    {"synthesis", "runs", "reconstruction"},
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer", "planning"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},

@@ -64,6 +64,12 @@ def test_without_the_sidecar_the_header_names_model_seed_and_mask_by_hash_alone(
     assert b"patient_7" not in raw and b"dr_no" not in raw
 
 
+def test_every_description_says_synthetic_and_fits_a_header():
+    for kind, text in provenance.DESCRIPTIONS.items():
+        assert len(text.encode()) <= 79
+        assert text.startswith("SYNTHETIC") == (kind != "mask") and "SYNTHETIC" in text
+
+
 @pytest.mark.parametrize("kept", ["description", "extension"])
 def test_either_mark_in_the_header_is_enough(case, kept, tmp_path):
     path = rewritten(case / "case_t1.nii.gz", kept == "description", kept == "extension")
