@@ -76,7 +76,7 @@ def reconstruct(
     model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of either stage, or its run's folder")],
     image: Annotated[list[str], typer.Option(help="a scan: a file, files joined by commas, or a folder; repeatable")],
     out: Annotated[Path, typer.Option(help="folder for the volumes")] = Path("reconstructions"),
-    memory: Annotated[str, typer.Option(help="GB that may be taken; larger volumes are done by tiles")] = "4GB",
+    memory: Annotated[str, typer.Option(help="GB the network may take; larger volumes: by tiles")] = "4GB",
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
     pictures: Annotated[bool, typer.Option(help="a PNG of each: scan, reconstruction and error")] = True,
     int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,

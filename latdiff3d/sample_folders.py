@@ -53,6 +53,7 @@ def sample_to_folder(
     if len(named) != len(masks):
         raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
     digest = checkpoints.sha256(model.path)
+    mapped_like = {} if like is None else like.said(model.modalities)
     jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
     covariates = known or [{}] * len(jobs)
     for (_, mask), given in zip(jobs, covariates, strict=True):
@@ -78,7 +79,7 @@ def sample_to_folder(
                     **computed_on(model.synthesizer.device, model.synthesizer.precision),
                     "Units": "normalised intensity, 0 to 1" if like is None else "those of the scan in Like",
                     "DataType": "int16" if int16 else "float32",
-                    **(like.said(model.modalities) if like is not None else {}),
+                    **mapped_like,
                 }
                 written = volume if like is None else like.unscaled(volume)
                 labels = read_mask(mask)[0] if mask is not None and on_mask else None

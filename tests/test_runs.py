@@ -639,7 +639,8 @@ def test_a_model_samples_wherever_it_is_and_without_its_first_stage(phantoms, ti
     ended = run_here("sample", "-r", moved, "--mask", mask, "--out", tmp_path / "out", "--seed", 3)
     assert ended.code == 0, ended.err
     name = Path("phantom_0004") / "phantom_0004_t1.nii.gz"
-    assert (tmp_path / "out" / name).read_bytes() == (samples / name).read_bytes()
+    one, other = nib.load(tmp_path / "out" / name), nib.load(samples / name)  # the header names the checkpoint's hash
+    assert np.array_equal(one.get_fdata(), other.get_fdata()) and np.array_equal(one.affine, other.affine)
 
 
 # Unconditional, and a crop that is no cube
