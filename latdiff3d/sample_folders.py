@@ -4,9 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latdiff3d import checkpoints
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
+from latdiff3d.intensities import Reference
+from latdiff3d.pictures import write_pictures
+from latdiff3d.provenance import computed_on
 from latdiff3d.synthesis import Model, Sample
 from latdiff3d.volumes import case_name, read_mask, write_synthetic
 
@@ -19,6 +24,10 @@ def sample_to_folder(
     seed: int = 0,
     whole: bool = True,
     known: Sequence[Mapping[str, Any]] = (),
+    picture: bool = True,
+    gif: bool = False,
+    like: Reference | None = None,
+    int16: bool = False,
 ) -> Iterator[tuple[str, Sample, list[Path]]]:
     """Write `num_samples` volumes for each mask, or in all for an unconditional model.
 
@@ -30,6 +39,9 @@ def sample_to_folder(
         seed: of the first.
         whole: write on the mask file's own grid; else on the model's, the crop alone.
         known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
+        picture, gif: write which pictures of each, see `pictures.write_pictures`.
+        like: a scan to whose range intensities are mapped; [0, 1] where there is none.
+        int16: see `volumes.write_marked`.
 
     Yields:
         case, sample and its files, as they are written.
@@ -41,6 +53,7 @@ def sample_to_folder(
     if len(named) != len(masks):
         raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
     digest = checkpoints.sha256(model.path)
+    mapped_like = {} if like is None else like.said(model.modalities)
     jobs: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
     covariates = known or [{}] * len(jobs)
     for (_, mask), given in zip(jobs, covariates, strict=True):
@@ -63,10 +76,16 @@ def sample_to_folder(
                     "Guidance": model.synthesizer.guidance.scale,
                     "Mask": mask and {"Name": Path(mask).name, "SHA256": checkpoints.sha256(Path(mask))},
                     "Covariates": sample.known,
-                    "Units": "normalised intensity, 0 to 1",
+                    **computed_on(model.synthesizer.device, model.synthesizer.precision),
+                    "Units": "normalised intensity, 0 to 1" if like is None else "those of the scan in Like",
+                    "DataType": "int16" if int16 else "float32",
+                    **mapped_like,
                 }
+                written = volume if like is None else like.unscaled(volume)
                 labels = read_mask(mask)[0] if mask is not None and on_mask else None
-                files = write_synthetic(Path(out), name, volume, affine, model.modalities, provenance, labels)
+                files = write_synthetic(Path(out), name, written, affine, model.modalities, provenance, labels, int16)
+                shown = labels if sample.grid is None or on_mask else np.asarray(sample.grid.mask[0])
+                write_pictures(Path(out) / name, name, volume, affine, shown, model.modalities, picture, gif)
                 bar.update()
                 yield name, sample, files
 

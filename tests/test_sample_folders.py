@@ -1,11 +1,14 @@
 """Masks in, folders out: which masks there are, and what is written for each."""
 
+import json
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
+from latdiff3d import checkpoints, provenance
 from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.sample_folders import masks_at, sample_to_folder
 from latdiff3d.synthesis import Model
@@ -51,3 +54,25 @@ def test_a_file_or_a_folder_names_masks(mask, tmp_path):
     assert [path.name for path in masks_at(tmp_path)] == ["a_seg.nii.gz", "b.nii"]
     with pytest.raises(InputError, match="there is no mask at"):
         masks_at(tmp_path / "nowhere")
+
+
+def test_the_sidecar_says_what_made_a_sample_and_on_what(model, mask, tmp_path):
+    [(name, _, files)] = sample_to_folder(model, [mask], tmp_path, seed=3)
+    said = json.loads((tmp_path / name / f"{name}.json").read_text())
+    assert said["Seed"] == 3 and said["Sampler"] == "ddim" and said["Steps"] == 3
+    assert said["Device"].startswith("cpu") and said["Precision"] == model.synthesizer.precision
+    assert said["NumThreads"] == torch.get_num_threads()
+    assert list(said["Files"]) == [*(file.name for file in files), f"{name}_seg.nii.gz"]
+    found = provenance.inspect(files[0])
+    assert found.unchanged and found.said["Checkpoint"]["SHA256"] == checkpoints.sha256(model.path)
+
+
+def test_a_picture_lies_beside_each_case_unless_it_is_left_out(model, mask, tmp_path):
+    list(sample_to_folder(model, [mask], tmp_path / "a", seed=3, gif=True))
+    list(sample_to_folder(model, [mask], tmp_path / "b", seed=3, gif=True))
+    list(sample_to_folder(model, [mask], tmp_path / "none", seed=3, picture=False))
+    for ending in ("png", "gif"):
+        [one], [other] = (list((tmp_path / out).rglob(f"*.{ending}")) for out in "ab")
+        assert one.name == f"phantom_0004.{ending}" and one.read_bytes() == other.read_bytes()
+    assert not [*(tmp_path / "none").rglob("*.png"), *(tmp_path / "none").rglob("*.gif")]
+    assert len(list((tmp_path / "none").rglob("*.nii.gz"))) == 5
