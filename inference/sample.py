@@ -25,12 +25,17 @@ def main() -> None:
     parser.add_argument("--covariate", action="append", help="name=value, such as age=60; may be repeated")
     parser.add_argument("--label-map", help="file's label:model's label, such as 1:2,3:0")
     parser.add_argument("--gpus", help="number of one GPU, such as 0, (default: the first, or the CPU)")
+    parser.add_argument("--no-pictures", action="store_true", help="write no PNG beside each case")
+    parser.add_argument("--gif", action="store_true", help="write a GIF that goes through the slices")
+    parser.add_argument("--like", help="a scan whose range of intensities to take (default: 0 to 1)")
+    parser.add_argument("--int16", action="store_true", help="store int16 with a slope: half of float32")
     given = parser.parse_args()
     if given.batch_size != 1:
         raise InputError(f"--batch_size is {given.batch_size}; volumes are made one by one: leave it out or give 1.")
     run_sampling(
         given.resume, given.out, given.mask, None, "val", given.n_samples, given.seed, given.steps, "mask", given.gpus,
-        given.guidance, given.sampler, None, given.covariate, given.label_map,
+        given.guidance, given.sampler, None, given.covariate, not given.no_pictures, given.gif, given.like,
+        given.int16, given.label_map,
     )  # fmt: skip
 
 

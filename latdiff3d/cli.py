@@ -11,7 +11,10 @@ import typer
 from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
 
 app = typer.Typer(
-    help="Latent diffusion on 3D medical volumes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    help="Latent diffusion on 3D medical volumes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -62,12 +65,49 @@ def sample(
     label_map: Annotated[str | None, typer.Option(help="file's label:model's label, such as 1:2,3:0")] = None,
     grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+    pictures: Annotated[bool, typer.Option(help="a PNG beside each case: three planes, the mask's outline")] = True,
+    gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
+    like: Annotated[str | None, typer.Option(help="a scan whose range of intensities to take; default: 0 to 1")] = None,
+    int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,
 ) -> None:
     """Make synthetic volumes that lie on masks; what is there is kept. Exit code 3: some masks could not be used."""
     run_sampling(
         model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate,
-        label_map,
+        pictures, gif, like, int16, label_map,
     )  # fmt: skip
+
+
+@app.command()
+def reconstruct(
+    model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of either stage, or its run's folder")],
+    image: Annotated[list[str], typer.Option(help="a scan: a file, files joined by commas, or a folder; repeatable")],
+    out: Annotated[Path, typer.Option(help="folder for the volumes")] = Path("reconstructions"),
+    memory: Annotated[str, typer.Option(help="GB the network may take; larger volumes: by tiles")] = "4GB",
+    gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+    pictures: Annotated[bool, typer.Option(help="a PNG of each: scan, reconstruction and error")] = True,
+    int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,
+) -> None:
+    """Show what the autoencoder alone makes of scans, and where it errs."""
+    from latdiff3d.memory import gigabytes
+    from latdiff3d.reconstruction import Reconstructor, reconstruct_to_folder
+
+    memory_gb = gigabytes(memory)
+    made = reconstruct_to_folder(Reconstructor.load(model, gpus), image, out, memory_gb, pictures, int16)
+    for case, figures in made:
+        psnr = figures["PSNR"]["All"]
+        said = "no difference" if psnr is None else f"PSNR {psnr:.2f} dB"
+        print(f"{case}: {said}, SSIM {figures['SSIM']['All']:.4f}, in {out / case}")
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="a NIfTI file")]) -> None:
+    """Tell whether a file is synthetic, and by what. Exit code 0: it is; 1: it has no mark of ours; 2: a mistake."""
+    from latdiff3d import provenance
+
+    found = provenance.inspect(file)
+    print(found.report())
+    if not found.is_synthetic:
+        raise SystemExit(1)
 
 
 @app.command()
@@ -135,6 +175,10 @@ def run_sampling(
     sampler: str | None,
     settings: Sequence[str] | None = None,
     covariates: Sequence[str] | None = None,
+    picture: bool = True,
+    gif: bool = False,
+    like: str | None = None,
+    int16: bool = False,
     label_map: str | None = None,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
@@ -145,9 +189,11 @@ def run_sampling(
         InputError: for a user's mistake, and where no mask can be used.
         SystemExit: with `SOME_LEFT_OUT`, after the others are done, where some masks cannot.
     """
-    from latdiff3d import preflight, sample_folders, synthesis
+    import latdiff3d
+    from latdiff3d import intensities, preflight, sample_folders, synthesis
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
+    from latdiff3d.layouts import scan_files
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -156,7 +202,7 @@ def run_sampling(
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
     given = parse_covariates(covariates or [])
-    loaded = synthesis.Model.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
+    loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     if label_map is not None:
         loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
     if data is not None:
@@ -166,7 +212,9 @@ def run_sampling(
     else:
         masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    jobs, refused = sample_folders.jobs_for(loaded, masks, num_samples, seed, grid == "mask", known)
+    scan = intensities.reference(scan_files(like, loaded.modalities), loaded.preprocessing) if like else None
+    writing = sample_folders.Writing(picture, gif, scan, int16)
+    jobs, refused = sample_folders.jobs_for(loaded, masks, num_samples, seed, grid == "mask", known, writing)
     if len(masks) == len(refused) == 1:
         raise InputError(*refused.values())
     for line in refused.values():
@@ -174,7 +222,7 @@ def run_sampling(
     if not jobs:
         raise InputError(f"none of the {len(masks)} masks can be used; each is named above.")
     left = [job for job in jobs if not sample_folders.is_made(job, out)]
-    for _ in sample_folders.make(loaded, left, out):
+    for _ in sample_folders.make(loaded, left, out, writing):
         pass
     before = f"; {len(jobs) - len(left)} of them were there" if len(left) < len(jobs) else ""
     print(f"{len(jobs)} synthetic cases are in {out}, such as {out / jobs[0].name}{before}")

@@ -25,6 +25,7 @@ PLANES = ("axial", "coronal", "sagittal")
 PLANE_NORMALS = (2, 1, 0)  # the array axis each plane cuts
 MASK_GROUP, SYNTHETIC_GROUP = 2, 3  # which columns carry the labels
 TILE_INCHES = 1.35  # the longest side of any plane
+SMALLEST_WIDTH = 5.3  # of a sheet, in inches: what is written below takes as much
 PREVIEW_PIXELS = 128  # a preview's planes are enlarged by a whole number to at most about this
 
 
@@ -74,14 +75,69 @@ def contact_sheet(
         if len(shapes) > 1:
             raise ValueError(f"{row.name} has arrays of {sorted(shapes)}: give one (D, H, W) grid to all four.")
 
-    layout = _lay_out(rows)
+    extents_mm = np.max([np.multiply(row.real.shape, row.spacing_mm) for row in rows], axis=0)  # (3,)
+    layout = _lay_out(extents_mm, [text for row in rows for text in (row.name, row.channel)], len(rows), 4)
     figure = Figure(figsize=(layout.width, layout.height), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)  # this figure's own canvas: the backend a notebook has chosen stays
-    colours = _label_colours(rows)
+    colours = label_colours([row.mask for row in rows])
     for line, row in enumerate(rows):
         _draw_line(figure, layout, line, row, colours, window)
     _write_around(figure, layout, titles, window)
-    _draw_legend(figure, layout, colours, labels or {})
+    _draw_legend(figure, layout, colours, labels or {}, 0.2 / layout.height)
+    figure.savefig(path, dpi=dpi, facecolor=BACKGROUND)
+    return Path(path)
+
+
+def overlay(
+    path: str | Path,
+    volume: np.ndarray,
+    mask: np.ndarray | None,
+    names: Sequence[str],
+    spacing_mm: tuple[float, float, float],
+    note: str,
+    window: tuple[float, float] = (0.0, 1.0),
+    dpi: int = 100,
+) -> Path:
+    """Draw one line per channel: three planes, and beside them the same with the mask's outline.
+
+    Planes pass through the centre of the mask's largest part, or the volume's where the mask is empty or there is none.
+
+    Args:
+        path: the PNG to write.
+        volume: (C, D, H, W).
+        mask: (D, H, W), whole-number labels, 0 is background; None: no outlines.
+        names: of the channels.
+        spacing_mm: of the voxels.
+        note: written below, before the rest of what is to be said there.
+        window, dpi: see `contact_sheet`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the mask's shape is another one than the volume's, or there is another number of names.
+    """
+    labels = np.zeros(volume.shape[1:], np.uint8) if mask is None else mask
+    if labels.shape != volume.shape[1:] or len(names) != len(volume):
+        raise ValueError(f"A volume of {volume.shape}, a mask of {labels.shape} and {len(names)} names; see there.")
+    num_groups = 1 if mask is None else 2
+    layout = _lay_out(np.multiply(labels.shape, spacing_mm), names, len(names), num_groups)
+    figure = Figure(figsize=(layout.width, layout.height), facecolor=BACKGROUND)
+    FigureCanvasAgg(figure)  # this figure's own canvas: the backend a notebook has chosen stays
+    colours, centre = label_colours([labels]), _lesion_centre(labels)
+    for line, (channel, name) in enumerate(zip(volume, names, strict=True)):
+        _write_name(figure, layout, line, name)
+        for group in range(num_groups):
+            for plane, normal in enumerate(PLANE_NORMALS):
+                axes = figure.add_axes(layout.tile(line, group, plane))
+                _show(axes, cut_plane(channel, plane, centre[normal]), window, _aspect(spacing_mm, plane))
+                if group == 1:
+                    _outline(axes, cut_plane(labels, plane, centre[normal]), colours)
+                if line == group == 0:
+                    _mark_side(axes, plane)
+    figure.text(0.08 / layout.width, 1 - 0.22 / layout.height, note, color=INK, fontsize=8, va="center")
+    _write_window(figure, layout, window)
+    _draw_legend(figure, layout, colours, {}, 1 - 0.22 / layout.height)
     figure.savefig(path, dpi=dpi, facecolor=BACKGROUND)
     return Path(path)
 
@@ -118,6 +174,17 @@ def slices_preview(path: str | Path, images: Sequence[np.ndarray], names: Sequen
     return Path(path)
 
 
+def cut_plane(volume: np.ndarray, plane: int, index: int) -> np.ndarray:
+    """Cut a plane, of `PLANES`, out of a RAS volume (D, H, W), rows from the top and columns from the viewer's left."""
+    return np.take(volume, index, axis=PLANE_NORMALS[plane])[::-1, ::-1].T
+
+
+def label_colours(masks: Sequence[np.ndarray]) -> dict[int, str]:
+    """Return a colour for each label above 0 that occurs in any of the masks."""
+    values = sorted({int(value) for mask in masks for value in np.unique(mask) if value != 0})
+    return {value: LABEL_COLOURS[i % len(LABEL_COLOURS)] for i, value in enumerate(values)}
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where everything lies, in inches from the upper left."""
@@ -126,6 +193,7 @@ class _Layout:
     line_height: float
     num_lines: int
     left: float  # room for the names
+    num_groups: int
     gap: float = 0.03
     group_gap: float = 0.14
     margin: float = 0.42  # above and below the lines
@@ -136,7 +204,7 @@ class _Layout:
 
     @property
     def width(self) -> float:
-        return self.left + 4 * self.group_width + 3 * self.group_gap + 0.08
+        return max(SMALLEST_WIDTH, self.group_left(self.num_groups) - self.group_gap + 0.08)
 
     @property
     def height(self) -> float:
@@ -153,11 +221,10 @@ class _Layout:
         return x / self.width, y / self.height, width / self.width, height / self.height
 
 
-def _lay_out(rows: Sequence[ContactRow]) -> _Layout:
-    extents_mm = np.max([np.multiply(row.real.shape, row.spacing_mm) for row in rows], axis=0)  # (3,)
+def _lay_out(extents_mm: np.ndarray, texts: Sequence[str], num_lines: int, num_groups: int) -> _Layout:
     across, along, up = (float(extent) for extent in extents_mm * TILE_INCHES / extents_mm.max())
-    left = 0.2 + 0.065 * max(len(text) for row in rows for text in (row.name, row.channel))
-    return _Layout((across, across, along), max(along, up), len(rows), left)
+    left = 0.2 + 0.065 * max(map(len, texts))
+    return _Layout((across, across, along), max(along, up), num_lines, left, num_groups)
 
 
 def _draw_line(
@@ -168,16 +235,14 @@ def _draw_line(
     colours: Mapping[int, str],
     window: tuple[float, float],
 ) -> None:
-    _, bottom, _, height = layout.tile(line, 0, 0)
-    text = f"{row.name}\n{row.channel}".strip()
-    figure.text(0.08 / layout.width, bottom + height / 2, text, color=INK, fontsize=7, va="center")
+    _write_name(figure, layout, line, f"{row.name}\n{row.channel}".strip())
     centre = _lesion_centre(row.mask)
     for group, volume in enumerate((row.real, row.reconstruction, row.real, row.synthetic)):
         for plane, normal in enumerate(PLANE_NORMALS):
             axes = figure.add_axes(layout.tile(line, group, plane))
             aspect = _aspect(row.spacing_mm, plane)
-            _show(axes, _cut(volume, plane, centre[normal]), window, aspect)
-            labels = _cut(row.mask, plane, centre[normal])
+            _show(axes, cut_plane(volume, plane, centre[normal]), window, aspect)
+            labels = cut_plane(row.mask, plane, centre[normal])
             if group == MASK_GROUP:
                 _fill(axes, labels, colours, aspect)
             if group == SYNTHETIC_GROUP:
@@ -186,10 +251,19 @@ def _draw_line(
                 _mark_side(axes, plane)
 
 
+def _write_name(figure: Figure, layout: _Layout, line: int, text: str) -> None:
+    _, bottom, _, height = layout.tile(line, 0, 0)
+    figure.text(0.08 / layout.width, bottom + height / 2, text, color=INK, fontsize=7, va="center")
+
+
 def _write_around(figure: Figure, layout: _Layout, titles: Sequence[str], window: tuple[float, float]) -> None:
     for group, title in enumerate(titles):
         x = (layout.group_left(group) + layout.group_width / 2) / layout.width
         figure.text(x, 1 - 0.22 / layout.height, title, color=INK, fontsize=10, ha="center", va="center")
+    _write_window(figure, layout, window)
+
+
+def _write_window(figure: Figure, layout: _Layout, window: tuple[float, float]) -> None:
     note = (
         f"grey window {window[0]:g} to {window[1]:g}; {', '.join(PLANES)} through the lesion's centre; "
         "R, A: the patient's right, front"
@@ -197,23 +271,20 @@ def _write_around(figure: Figure, layout: _Layout, titles: Sequence[str], window
     figure.text(0.08 / layout.width, 0.2 / layout.height, note, color=INK, fontsize=7, va="center")
 
 
-def _draw_legend(figure: Figure, layout: _Layout, colours: Mapping[int, str], names: Mapping[int, str]) -> None:
+def _draw_legend(
+    figure: Figure, layout: _Layout, colours: Mapping[int, str], names: Mapping[int, str], height: float
+) -> None:
     handles = [Patch(color=colour, label=names.get(value, f"label {value}")) for value, colour in colours.items()]
     if handles:
         figure.legend(
             handles=handles,
             loc="center right",
-            bbox_to_anchor=(1.0, 0.2 / layout.height),
+            bbox_to_anchor=(1.0, height),
             ncols=len(handles),
             fontsize=8,
             frameon=False,
             labelcolor=INK,
         )
-
-
-def _cut(volume: np.ndarray, plane: int, index: int) -> np.ndarray:
-    """Cut a plane out of a RAS volume, rows from the top and columns from the viewer's left."""
-    return np.take(volume, index, axis=PLANE_NORMALS[plane])[::-1, ::-1].T
 
 
 def _lesion_centre(mask: np.ndarray) -> tuple[int, int, int]:
@@ -224,11 +295,6 @@ def _lesion_centre(mask: np.ndarray) -> tuple[int, int, int]:
     largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
     d, h, w = ndimage.center_of_mass(parts == largest)
     return round(d), round(h), round(w)
-
-
-def _label_colours(rows: Sequence[ContactRow]) -> dict[int, str]:
-    values = sorted({int(value) for row in rows for value in np.unique(row.mask) if value != 0})
-    return {value: LABEL_COLOURS[i % len(LABEL_COLOURS)] for i, value in enumerate(values)}
 
 
 def _aspect(spacing_mm: tuple[float, float, float], plane: int) -> float:
@@ -265,7 +331,8 @@ def _mark_side(axes: Axes, plane: int) -> None:
 
 def _preview_line(image: np.ndarray, zoom: int) -> np.ndarray:
     grey = (np.clip(image, 0, 1) * 255).astype(np.uint8)
-    tiles = [_cut(channel, plane, channel.shape[PLANE_NORMALS[plane]] // 2) for channel in grey for plane in range(3)]
+    middle = [image.shape[1 + normal] // 2 for normal in PLANE_NORMALS]
+    tiles = [cut_plane(channel, plane, index) for channel in grey for plane, index in enumerate(middle)]
     height = max(tile.shape[0] for tile in tiles)
     padded = []
     for tile in tiles:

@@ -107,6 +107,35 @@ def volume_stem(file: str | Path) -> str:
     return name[: len(name) - len(suffix)]
 
 
+def scan_files(place: str | Path, modalities: Sequence[str]) -> list[str]:
+    """Return the files of one scan that a command line names.
+
+    Args:
+        place: a file, with all channels; files joined by commas, in the order of `modalities`; or a folder that holds a
+            `*_<modality>` file for each.
+        modalities: of the model.
+
+    Raises:
+        InputError: a file or a modality is missing, or there are several of one.
+    """
+    path = Path(place)
+    if path.is_dir():
+        volumes = sorted(file for file in path.iterdir() if file.name.lower().endswith(VOLUME_SUFFIXES))
+        found = [[str(file) for file in volumes if f"_{volume_stem(file)}".endswith(f"_{m}")] for m in modalities]
+        for modality, files in zip(modalities, found, strict=True):
+            if len(files) != 1:
+                raise InputError(f"{path} has {len(files)} files *_{modality}; expected one for each modality.")
+        return [files[0] for files in found]
+    files = [str(place)] if path.is_file() else str(place).split(",")
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise InputError(f"there is no scan at {missing[0]}; expected a file, files joined by commas, or a folder.")
+    if len(files) not in (1, len(modalities)):
+        raise InputError(
+            f"{place} are {len(files)} files; expected one with all channels, or one each of {', '.join(modalities)}."
+        )
+    return files
+
+
 # BraTS folders
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -18,6 +19,18 @@ from latdiff3d.tiling import blended, smallest_tile, tile_within, windows
 PROBE = 13  # edge, in multiples, of the window whose memory is measured; beyond it memory grows with the voxels
 FARTHEST = 12  # in multiples; a network that sees farther is taken for one that sees everything
 HEADROOM = 1.15  # what the process holds, for what its tensors fill
+
+
+def gigabytes(text: str) -> float:
+    """Return GB of "6", "6GB" or "0.5 GB".
+
+    Raises:
+        InputError: for anything else, or nothing above 0.
+    """
+    number = text.strip().upper().removesuffix("GB").strip()
+    if not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
+        raise InputError(f"memory is {text!r}; expected GB above 0, such as 6 or 6GB.")
+    return float(number)
 
 
 def within_memory(

@@ -11,12 +11,39 @@ import numpy as np
 from latdiff3d import checkpoints, fingerprints, preflight
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
+from latdiff3d.intensities import Reference
 from latdiff3d.layouts import MASK_SUFFIXES
+from latdiff3d.pictures import write_pictures
+from latdiff3d.provenance import computed_on, sidecar_of
 from latdiff3d.synthesis import Model, Sample
-from latdiff3d.volumes import case_name, read_mask, sidecar_file, sidecar_of, write_synthetic
+from latdiff3d.volumes import case_name, read_mask, sidecar_file, write_synthetic
 
 _SUFFIXES = f"{', '.join(MASK_SUFFIXES[:-1])} or {MASK_SUFFIXES[-1]}"
 _BESIDE_THE_POINT = ("Path", "Name", "Warnings")  # of a sidecar: what changes no volume
+
+
+class Writing(NamedTuple):
+    """How volumes are written.
+
+    Attributes:
+        picture, gif: which pictures of each, see `pictures.write_pictures`.
+        like: a scan to whose range intensities are mapped; [0, 1] where there is none.
+        int16: see `volumes.write_marked`.
+    """
+
+    picture: bool = True
+    gif: bool = False
+    like: Reference | None = None
+    int16: bool = False
+
+    def said(self, modalities: Sequence[str]) -> dict[str, Any]:
+        """Return what a sidecar says of the numbers in the files."""
+        units = "normalised intensity, 0 to 1" if self.like is None else "those of the scan in Like"
+        mapped = {} if self.like is None else self.like.said(modalities)
+        return {"Units": units, "DataType": "int16" if self.int16 else "float32", **mapped}
+
+
+DEFAULTS = Writing()
 
 
 class Job(NamedTuple):
@@ -46,12 +73,13 @@ def sample_to_folder(
     seed: int = 0,
     whole: bool = True,
     known: Sequence[Mapping[str, Any]] = (),
+    writing: Writing = DEFAULTS,
 ) -> Iterator[tuple[str, Sample, list[Path]]]:
     """Write `num_samples` volumes for each mask, or in all for an unconditional model.
 
     Args:
         out: the folder; each case gets one below it.
-        model, masks, num_samples, seed, whole, known: see `jobs_for`.
+        model, masks, num_samples, seed, whole, known, writing: see `jobs_for`.
 
     Yields:
         case, sample and its files, as they are written.
@@ -59,10 +87,10 @@ def sample_to_folder(
     Raises:
         InputError: as `jobs_for`, or a mask that no volume can be made for, before any is made.
     """
-    jobs, refused = jobs_for(model, masks, num_samples, seed, whole, known)
+    jobs, refused = jobs_for(model, masks, num_samples, seed, whole, known, writing)
     if refused:
         raise InputError(next(iter(refused.values())))
-    yield from make(model, jobs, out)
+    yield from make(model, jobs, out, writing)
 
 
 def jobs_for(
@@ -72,6 +100,7 @@ def jobs_for(
     seed: int = 0,
     whole: bool = True,
     known: Sequence[Mapping[str, Any]] = (),
+    writing: Writing = DEFAULTS,
 ) -> tuple[list[Job], dict[str, str]]:
     """Look at every mask, print the warnings, and return a job for each volume that can be made.
 
@@ -82,6 +111,7 @@ def jobs_for(
         seed: of the first.
         whole: see `Job`.
         known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
+        writing: how they will be written.
 
     Returns:
         the jobs; and of each mask that no volume can be made for, by its file, what is wrong with it.
@@ -92,7 +122,7 @@ def jobs_for(
     named = {case_name(mask): mask for mask in masks}
     if len(named) != len(masks):
         raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
-    of_model = _provenance_of(model)
+    of_model = _provenance_of(model) | writing.said(model.modalities)
     cases: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
     jobs: list[Job] = []
     refused: dict[str, str] = {}
@@ -117,7 +147,9 @@ def jobs_for(
     return jobs, refused
 
 
-def make(model: Model, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[str, Sample, list[Path]]]:
+def make(
+    model: Model, jobs: Sequence[Job], out: str | Path, writing: Writing = DEFAULTS
+) -> Iterator[tuple[str, Sample, list[Path]]]:
     """Make the volumes of `jobs_for` in `out`, with a progress bar, and yield case, sample and files of each."""
     Path(out).mkdir(parents=True, exist_ok=True)
     with progress_bar(total=len(jobs), desc="sampling", unit="volume") as bar:
@@ -126,7 +158,16 @@ def make(model: Model, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[s
             on_mask = sample.grid is not None and job.whole
             volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
             labels = read_mask(job.mask, model.label_map)[0] if job.mask is not None and on_mask else None
-            files = write_synthetic(Path(out), job.name, volume, affine, model.modalities, job.provenance, labels)
+            shown = labels if sample.grid is None or on_mask else np.asarray(sample.grid.mask[0])
+            folder = Path(out) / job.name
+            folder.mkdir(exist_ok=True)
+            write_pictures(
+                folder, job.name, volume, affine, shown, model.modalities, writing.picture, writing.gif
+            )  # before the sidecar, which says that all is there
+            written = volume if writing.like is None else writing.like.unscaled(volume)
+            files = write_synthetic(
+                Path(out), job.name, written, affine, model.modalities, job.provenance, labels, writing.int16
+            )
             bar.update()
             yield job.name, sample, files
 
@@ -136,10 +177,13 @@ def is_made(job: Job, out: str | Path) -> bool:
     file = sidecar_file(Path(out), job.name)
     try:
         found = json.loads(file.read_text())
-        are_whole = all(checkpoints.sha256(file.parent / name) == digest for name, digest in found["Files"].items())
+        are_whole = all(
+            checkpoints.sha256(file.parent / name) == said["SHA256"] for name, said in found.pop("Files").items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, cut, or of another version
         return False
-    wanted = json.loads(json.dumps(sidecar_of(job.provenance)))
+    wanted = json.loads(json.dumps(sidecar_of(job.provenance, {})))
+    del wanted["Files"]
     return are_whole and all(_essence(found.get(key)) == _essence(value) for key, value in _essence(wanted).items())
 
 
@@ -176,10 +220,9 @@ def _provenance_of(model: Model) -> dict[str, Any]:
         "Eta": synthesizer.eta,
         "Guidance": synthesizer.guidance.scale,
         "GuidanceInterval": list(synthesizer.guidance.interval),
-        "Precision": synthesizer.precision,
         "MaskMode": model.config.get()["mask_mode"] if model.is_conditional else None,
         "LabelMap": {str(label): ours for label, ours in model.label_map.items()},
-        "Units": "normalised intensity, 0 to 1",
+        **computed_on(synthesizer.device, synthesizer.precision),
     }
 
 

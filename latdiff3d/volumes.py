@@ -1,6 +1,5 @@
 """Where a volume lies in the world: a mask brought to the model's grid, a volume back to the mask's; NIfTI files."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ from monai.transforms import Compose, SpatialCrop, SpatialPad
 from monai.transforms.utils import convert_applied_interp_mode, generate_spatial_bounding_box
 from monai.utils import convert_to_tensor
 
-from latdiff3d import __version__
+from latdiff3d.intensities import as_int16
 from latdiff3d.layouts import volume_stem
+from latdiff3d.provenance import mark, sidecar_of
 from latdiff3d.readers import read_header, read_volume
-
-# What every file's header says, so that a synthetic volume is never taken for a patient's; NIfTI allows 79 characters.
-SYNTHETIC = f"SYNTHETIC volume, not a patient's; latdiff3d {__version__}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,7 @@ def write_synthetic(
     modalities: Sequence[str],
     provenance: Mapping[str, Any],
     mask: np.ndarray | None = None,
+    int16: bool = False,
 ) -> list[Path]:
     """Write `<folder>/<case>/<case>_<modality>.nii.gz`, BraTS's layout, the mask beside them, and a JSON sidecar.
 
@@ -88,39 +86,63 @@ def write_synthetic(
     Args:
         volume: (C, D, H, W), one channel a modality.
         affine: (4, 4), voxel to RAS mm.
-        provenance: what made it: model, seed, sampler.
+        provenance: what made it: model, seed, sampler; see `provenance.sidecar_of`.
         mask: (D, H, W) as in the mask's file, written as `_seg`.
+        int16: see `write_marked`.
 
     Returns:
         the volumes' paths.
+    """
+    arrays = {modality: ("volume", channel) for channel, modality in zip(volume, modalities, strict=True)}
+    if mask is not None:
+        arrays["seg"] = ("mask", mask)
+    return write_marked(folder, case, arrays, affine, provenance, int16)[: len(modalities)]
+
+
+def write_marked(
+    folder: Path,
+    case: str,
+    arrays: Mapping[str, tuple[str, np.ndarray]],
+    affine: np.ndarray,
+    provenance: Mapping[str, Any],
+    int16: bool = False,
+) -> list[Path]:
+    """Write `<folder>/<case>/<case>_<name>.nii.gz`, which say what they are, and after them the sidecar.
+
+    Args:
+        arrays: what it is, of `provenance.DESCRIPTIONS`, and its voxels (D, H, W), by name; masks keep their type.
+        affine: (4, 4), voxel to RAS mm.
+        provenance: see `provenance.sidecar_of`.
+        int16: store volumes in half of float32's bytes, with a slope, see `intensities.as_int16`; else as float32.
+
+    Returns:
+        the paths of `arrays`.
     """
     sidecar = sidecar_file(folder, case)
     target = sidecar.parent
     target.mkdir(parents=True, exist_ok=True)
     sidecar.unlink(missing_ok=True)  # of what was there before; the new one comes last, once all else is whole
-    paths = []
-    for channel, modality in zip(volume, modalities, strict=True):
-        paths.append(target / f"{case}_{modality}.nii.gz")
-        _write_nifti(paths[-1], channel.astype(np.float32), affine, SYNTHETIC)
-    written = list(paths)
-    if mask is not None:
-        written.append(target / f"{case}_seg.nii.gz")
-        _write_nifti(written[-1], mask, affine, "the mask these SYNTHETIC volumes were made for")
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
+    files = {}
+    for name, (kind, array) in arrays.items():
+        path = target / f"{case}_{name}.nii.gz"
+        stored, slope, inter = as_int16(array) if int16 and kind != "mask" else (array, None, None)
+        image = nib.Nifti1Image(stored if int16 or kind == "mask" else array.astype(np.float32), affine)
+        image.header.set_slope_inter(slope, inter)
+        image.header.set_xyzt_units("mm")
+        mark(image, kind, provenance)
+        temporary = path.with_name(f".tmp_{path.name}")
+        nib.save(image, temporary)
+        temporary.replace(path)
+        files[path] = kind
     temporary = target / f".tmp_{sidecar.name}"
-    temporary.write_text(json.dumps(sidecar_of(provenance) | {"Files": digests}, indent=2) + "\n")
+    temporary.write_text(json.dumps(sidecar_of(provenance, files), indent=2) + "\n")
     temporary.replace(sidecar)
-    return paths
+    return list(files)
 
 
 def sidecar_file(folder: Path, case: str) -> Path:
     """Return where the sidecar of a case is, beside its volumes."""
     return folder / case / f"{case}.json"
-
-
-def sidecar_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the sidecar says besides the hashes of the files, `Files`."""
-    return {"SyntheticData": True, "GeneratedBy": {"Name": "latdiff3d", "Version": __version__}, **provenance}
 
 
 def read_mask(path: str | Path, label_map: Mapping[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -160,12 +182,3 @@ def centred_affine(shape: Sequence[int], spacing_mm: Sequence[float]) -> np.ndar
 def case_name(mask: str | Path) -> str:
     """Return a mask file's name without its ending and without `_seg`."""
     return volume_stem(str(mask)).removesuffix("_seg")
-
-
-def _write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, description: str) -> None:
-    image = nib.Nifti1Image(array, affine)
-    image.header["descrip"] = description
-    image.header.set_xyzt_units("mm")
-    temporary = path.with_name(f".tmp_{path.name}")
-    nib.save(image, temporary)
-    temporary.replace(path)

@@ -14,27 +14,29 @@ FLOORS = [
     {"demo"},
     {"sample_folders"},
     {"preflight"},
-    {"synthesis", "runs"},
+    {"synthesis", "runs", "reconstruction"},
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer", "planning"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},
-    {"handlers", "checkpoints", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
+    {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
-    | {"fingerprints", "guidance"},
+    | {"fingerprints", "guidance", "pictures"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"coarse_masks", "updates", "training_masks"},
-    {"transforms", "volumes", "doctor", "pretrained", "tiling"},
-    {"skipping"},
+    {"volumes"},
+    {"intensities"},
+    {"transforms", "doctor", "pretrained", "tiling"},
+    {"skipping", "provenance"},
     {"checks", "norms", "batches", "loading"},
     {"readers"},
     {"datalist"},
     {"layouts", "phantoms"},
     {"dicom_masks"},
-    {"devices", "distributed", "compilation"},
+    {"devices", "distributed", "compilation", "checkpoints"},
     {"errors"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}

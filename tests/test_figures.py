@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latdiff3d.figures import ContactRow, _aspect, _cut, _lesion_centre, contact_sheet, slices_preview
+from latdiff3d.figures import ContactRow, _aspect, _lesion_centre, contact_sheet, cut_plane, overlay, slices_preview
 
 
 def _row(shape=(10, 12, 8), name="case_1", lesion=True, spacing_mm=(1.0, 1.0, 2.0)) -> ContactRow:
@@ -21,13 +21,13 @@ def test_planes_are_shown_as_radiologists_see_them():
     """Axis 0 grows to the right, 1 to the front, 2 up: mark one end of each."""
     volume = np.zeros((5, 6, 7))
     volume[-1, :, :] = 1  # the patient's right
-    assert _cut(volume, 0, 3)[:, 0].all() and _cut(volume, 1, 3)[:, 0].all()
+    assert cut_plane(volume, 0, 3)[:, 0].all() and cut_plane(volume, 1, 3)[:, 0].all()
     volume = np.zeros((5, 6, 7))
     volume[:, -1, :] = 1  # the front
-    assert _cut(volume, 0, 3)[0].all() and _cut(volume, 2, 3)[:, 0].all()
+    assert cut_plane(volume, 0, 3)[0].all() and cut_plane(volume, 2, 3)[:, 0].all()
     volume = np.zeros((5, 6, 7))
     volume[:, :, -1] = 1  # up
-    assert _cut(volume, 1, 3)[0].all() and _cut(volume, 2, 3)[0].all()
+    assert cut_plane(volume, 1, 3)[0].all() and cut_plane(volume, 2, 3)[0].all()
 
 
 def test_pixels_have_the_voxels_aspect():
@@ -53,6 +53,38 @@ def test_a_contact_sheet_is_written_and_the_backend_left_alone(tmp_path):
     body = slice(int(0.2 * picture.shape[0]), int(0.8 * picture.shape[0]))
     assert not coloured[body, :half].any()  # real and reconstruction are grey
     assert coloured[body, half:].any()
+
+
+def test_an_overlay_shows_each_channel_plain_and_with_the_outline(tmp_path):
+    row, volume = _row(), np.full((2, 10, 12, 8), 0.5)
+    path = overlay(tmp_path / "o.png", volume, row.mask, ["t1", "t2"], (1.0, 1.0, 2.0), "SYNTHETIC")
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    body = picture[int(0.2 * len(picture)) : int(0.8 * len(picture))]
+    coloured, half = np.ptp(body, axis=2) > 60, picture.shape[1] // 2
+    assert not coloured[:, :half].any() and coloured[:, half:].any()
+    grey = (np.abs(body - 128) < 3).all(2)
+    assert grey[:, :half].mean() > 0.4 and grey[:, half:].mean() > 0.4
+    alone = overlay(tmp_path / "n.png", volume[:1], None, ["t1"], (1.0, 1.0, 2.0), "SYNTHETIC")
+    smaller = np.asarray(Image.open(alone).convert("RGB")).astype(int)
+    assert smaller.shape[1] < 0.7 * picture.shape[1] and not (np.ptp(smaller, axis=2) > 60).any()
+
+
+def test_an_overlay_passes_through_the_mask(tmp_path):
+    """The mask's plane alone is bright, far from the middle."""
+    mask, volume = np.zeros((20, 20, 20), np.uint8), np.zeros((1, 20, 20, 20))
+    mask[3, 4, 16] = 1
+    volume[0, :, :, 16] = 1
+    shown = []
+    for at, labels in enumerate((mask, 0 * mask)):
+        path = overlay(tmp_path / f"{at}.png", volume, labels, ["t1"], (1.0, 1.0, 1.0), "")
+        shown.append((np.asarray(Image.open(path).convert("L")) == 255).mean())
+    assert shown[0] > 0.15 and shown[1] < 0.05
+
+
+def test_an_overlay_refuses_a_mask_of_another_grid(tmp_path):
+    with pytest.raises(ValueError, match="a mask of"):
+        overlay(tmp_path / "o.png", np.zeros((1, 4, 4, 4)), np.zeros((4, 4, 5)), ["t1"], (1.0, 1.0, 1.0), "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_contact_sheet_shows_the_window(tmp_path):

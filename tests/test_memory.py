@@ -10,7 +10,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import nn
 
 from latdiff3d.errors import InputError
-from latdiff3d.memory import FARTHEST, peak_bytes, sees, within_memory
+from latdiff3d.memory import FARTHEST, gigabytes, peak_bytes, sees, within_memory
 
 CPU = torch.device("cpu")
 
@@ -177,3 +177,14 @@ def test_a_network_with_attention_is_told_to_be_approximated():
     with pytest.warns(UserWarning, match="sees farther"):
         (result,) = within_memory(network, function, volume, 0.7 * at_once / 1e9)
     assert (result - function(volume)[0]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("text", "expected"), [("6", 6), ("6GB", 6), ("0.5 gb", 0.5)])
+def test_memory_is_read_in_gb(text, expected):
+    assert gigabytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "6MB", "nan", "six"])
+def test_memory_of_anything_else_is_refused(text):
+    with pytest.raises(InputError, match=f"memory is '{text}'; expected GB above 0"):
+        gigabytes(text)

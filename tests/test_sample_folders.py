@@ -1,17 +1,19 @@
 """Masks in, folders out: which masks there are, and what is written for each."""
 
+import json
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from conftest import run_here, truncate
 from test_dicom_masks import two_segments, write_segmentation
 
-from latdiff3d import checkpoints
+from latdiff3d import checkpoints, provenance
 from latdiff3d.errors import InputError, root_input_error
-from latdiff3d.sample_folders import is_made, jobs_for, make, masks_at, sample_to_folder
+from latdiff3d.sample_folders import Writing, is_made, jobs_for, make, masks_at, sample_to_folder
 from latdiff3d.synthesis import Model
 from latdiff3d.volumes import read_mask
 
@@ -224,3 +226,23 @@ def test_a_dicom_segmentation_makes_a_volume_where_it_lies(model, tmp_path):
         image = nib.load(file)
         assert image.shape == labels.shape and np.allclose(image.affine, affine, atol=1e-4)
     assert np.array_equal(np.asarray(nib.load(files[0].parent / "a_seg.nii.gz").dataobj), labels)
+def test_the_sidecar_says_what_made_a_sample_and_on_what(model, mask, tmp_path):
+    [(name, _, files)] = sample_to_folder(model, [mask], tmp_path, seed=3)
+    said = json.loads((tmp_path / name / f"{name}.json").read_text())
+    assert said["Seed"] == 3 and said["Sampler"] == "ddim" and said["Steps"] == 3
+    assert said["Device"].startswith("cpu") and said["Precision"] == model.synthesizer.precision
+    assert said["NumThreads"] == torch.get_num_threads()
+    assert list(said["Files"]) == [*(file.name for file in files), f"{name}_seg.nii.gz"]
+    found = provenance.inspect(files[0])
+    assert found.unchanged and found.said["Checkpoint"]["SHA256"] == checkpoints.sha256(model.path)
+
+
+def test_a_picture_lies_beside_each_case_unless_it_is_left_out(model, mask, tmp_path):
+    list(sample_to_folder(model, [mask], tmp_path / "a", seed=3, writing=Writing(gif=True)))
+    list(sample_to_folder(model, [mask], tmp_path / "b", seed=3, writing=Writing(gif=True)))
+    list(sample_to_folder(model, [mask], tmp_path / "none", seed=3, writing=Writing(picture=False)))
+    for ending in ("png", "gif"):
+        [one], [other] = (list((tmp_path / out).rglob(f"*.{ending}")) for out in "ab")
+        assert one.name == f"phantom_0004.{ending}" and one.read_bytes() == other.read_bytes()
+    assert not [*(tmp_path / "none").rglob("*.png"), *(tmp_path / "none").rglob("*.gif")]
+    assert len(list((tmp_path / "none").rglob("*.nii.gz"))) == 5
