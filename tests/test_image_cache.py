@@ -14,7 +14,7 @@ from monai.transforms import Compose, SpatialPadd
 from ranks import on_two_ranks
 from test_runs import assert_same, loaded, raising
 
-from latdiff3d import config, image_cache
+from latdiff3d import image_cache, settings
 from latdiff3d.batches import EveryNth, ImageCrops, ShuffledBatches
 from latdiff3d.datalist import COARSE
 from latdiff3d.errors import InputError
@@ -140,7 +140,7 @@ def test_a_setting_that_is_unknown_or_has_no_effect_is_refused(cases, tmp_path):
     for cache in ("disk", "none"):
         with pytest.raises(InputError, match=f"cache_rate 0.5 is for cache=memory, and cache is {cache}; leave"):
             items(cases, cache, tmp_path, cache_rate=0.5)
-    is_fine, _ = config.EXPECTED["cache"]
+    is_fine, _ = settings.EXPECTED["cache"]
     assert all(map(is_fine, image_cache.CACHES)) and not is_fine("smart")
 
 
