@@ -113,7 +113,8 @@ def measure(
     average = copy.deepcopy(networks[0]) if "ema" in parser["train"] else None  # whose handler would ask for the data
     batch = random_batch(stage, parser)
     engine = Engine(step)
-    engine.state.iteration = LATE
+    group = parser.get_parsed_content("accumulate_grad_batches")
+    engine.state.epoch_length = 2 * LATE * group
 
     seconds = []
     for warmed_up in [False] + [True] * steps:
@@ -121,7 +122,9 @@ def measure(
             network.zero_grad(set_to_none=True)
         before = memory_now(device)
         begun = time.perf_counter()
-        step(engine, batch)
+        for number in dict.fromkeys((1, group)):  # the first and the last batch of an update
+            engine.state.iteration = LATE * group + number
+            step(engine, batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
         if warmed_up:
