@@ -33,9 +33,9 @@ def main() -> None:
     if given.batch_size != 1:
         raise InputError(f"--batch_size is {given.batch_size}; volumes are made one by one: leave it out or give 1.")
     run_sampling(
-        given.resume, given.out, given.mask, None, "val", given.n_samples, given.seed, given.steps, "mask", given.gpus,
-        given.guidance, given.sampler, None, given.covariate, not given.no_pictures, given.gif, given.like,
-        given.int16, given.label_map,
+        given.resume, given.out, mask=given.mask, num_samples=given.n_samples, seed=given.seed, steps=given.steps,
+        gpus=given.gpus, guidance=given.guidance, sampler=given.sampler, covariates=given.covariate,
+        picture=not given.no_pictures, gif=given.gif, like=given.like, int16=given.int16, label_map=given.label_map,
     )  # fmt: skip
 
 

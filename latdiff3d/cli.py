@@ -72,8 +72,9 @@ def sample(
 ) -> None:
     """Make synthetic volumes that lie on masks; what is there is kept. Exit code 3: some masks could not be used."""
     run_sampling(
-        model, out, mask, data, split, num_samples, seed, steps, grid, gpus, guidance, sampler, settings, covariate,
-        pictures, gif, like, int16, label_map,
+        model, out, mask=mask, data=data, split=split, num_samples=num_samples, seed=seed, steps=steps, grid=grid,
+        gpus=gpus, guidance=guidance, sampler=sampler, settings=settings, covariates=covariate, picture=pictures,
+        gif=gif, like=like, int16=int16, label_map=label_map,
     )  # fmt: skip
 
 
@@ -163,23 +164,24 @@ def demo(
 def run_sampling(
     model: str,
     out: Path,
+    *,
     mask: Path | None,
-    data: Path | None,
-    split: str,
     num_samples: int,
     seed: int,
     steps: int | None,
-    grid: str,
     gpus: str | None,
     guidance: float | None,
     sampler: str | None,
+    covariates: Sequence[str] | None,
+    picture: bool,
+    gif: bool,
+    like: str | None,
+    int16: bool,
+    label_map: str | None,
+    data: Path | None = None,
+    split: str = "val",
+    grid: str = "mask",
     settings: Sequence[str] | None = None,
-    covariates: Sequence[str] | None = None,
-    picture: bool = True,
-    gif: bool = False,
-    like: str | None = None,
-    int16: bool = False,
-    label_map: str | None = None,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
@@ -222,7 +224,7 @@ def run_sampling(
     if not jobs:
         raise InputError(f"none of the {len(masks)} masks can be used; each is named above.")
     left = [job for job in jobs if not sample_folders.is_made(job, out)]
-    for _ in sample_folders.make(loaded, left, out, writing):
+    for _ in sample_folders.make(loaded, left, out):
         pass
     before = f"; {len(jobs) - len(left)} of them were there" if len(left) < len(jobs) else ""
     print(f"{len(jobs)} synthetic cases are in {out}, such as {out / jobs[0].name}{before}")

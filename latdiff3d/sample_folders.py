@@ -54,6 +54,7 @@ class Job(NamedTuple):
         mask: its file, None for a model without masks.
         known: covariates by name.
         whole: write on the mask file's own grid; else on the model's, the crop alone.
+        writing: how it will be written.
         provenance: what its sidecar will say.
     """
 
@@ -62,7 +63,14 @@ class Job(NamedTuple):
     seed: int
     known: Mapping[str, Any]
     whole: bool
+    writing: Writing
     provenance: Mapping[str, Any]
+
+    @property
+    def pictures(self) -> list[str]:
+        """Return the names of the pictures that are wanted beside it."""
+        wanted = {"png": self.writing.picture, "gif": self.writing.gif}
+        return [f"{self.name}.{ending}" for ending, is_wanted in wanted.items() if is_wanted]
 
 
 def sample_to_folder(
@@ -90,7 +98,7 @@ def sample_to_folder(
     jobs, refused = jobs_for(model, masks, num_samples, seed, whole, known, writing)
     if refused:
         raise InputError(next(iter(refused.values())))
-    yield from make(model, jobs, out, writing)
+    yield from make(model, jobs, out)
 
 
 def jobs_for(
@@ -109,9 +117,8 @@ def jobs_for(
         masks: their files; none for an unconditional model.
         num_samples: for each mask, or in all for an unconditional model; the k-th has seed + k.
         seed: of the first.
-        whole: see `Job`.
         known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
-        writing: how they will be written.
+        whole, writing: see `Job`.
 
     Returns:
         the jobs; and of each mask that no volume can be made for, by its file, what is wrong with it.
@@ -142,15 +149,16 @@ def jobs_for(
         }
         for number in range(seed, seed + num_samples):
             name = case if num_samples == 1 and mask is not None else f"{case}_seed{number:04d}"
-            jobs.append(Job(name, mask, number, given, whole, {**of_model, "Seed": number, **of_mask}))
+            jobs.append(Job(name, mask, number, given, whole, writing, {**of_model, "Seed": number, **of_mask}))
     _warn_of_unused_labels(model, {job.mask for job in jobs if job.mask is not None})
     return jobs, refused
 
 
-def make(
-    model: Model, jobs: Sequence[Job], out: str | Path, writing: Writing = DEFAULTS
-) -> Iterator[tuple[str, Sample, list[Path]]]:
-    """Make the volumes of `jobs_for` in `out`, with a progress bar, and yield case, sample and files of each."""
+def make(model: Model, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[str, Sample, list[Path]]]:
+    """Make the volumes of `jobs_for` in `out`, with a progress bar, and yield case, sample and files of each.
+
+    The sidecar of what was there before goes first, the new one comes last: one that is there tells of all beside it.
+    """
     Path(out).mkdir(parents=True, exist_ok=True)
     with progress_bar(total=len(jobs), desc="sampling", unit="volume") as bar:
         for job in jobs:
@@ -159,21 +167,22 @@ def make(
             volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
             labels = read_mask(job.mask, model.label_map)[0] if job.mask is not None and on_mask else None
             shown = labels if sample.grid is None or on_mask else np.asarray(sample.grid.mask[0])
-            folder = Path(out) / job.name
-            folder.mkdir(exist_ok=True)
-            write_pictures(
-                folder, job.name, volume, affine, shown, model.modalities, writing.picture, writing.gif
-            )  # before the sidecar, which says that all is there
-            written = volume if writing.like is None else writing.like.unscaled(volume)
+            sidecar = sidecar_file(Path(out), job.name)
+            sidecar.parent.mkdir(exist_ok=True)
+            sidecar.unlink(missing_ok=True)
+            picture, gif, like, int16 = job.writing
+            write_pictures(sidecar.parent, job.name, volume, affine, shown, model.modalities, picture, gif)
+            if like is not None:
+                volume = like.unscaled(volume)
             files = write_synthetic(
-                Path(out), job.name, written, affine, model.modalities, job.provenance, labels, writing.int16
+                Path(out), job.name, volume, affine, model.modalities, job.provenance, labels, int16
             )
             bar.update()
             yield job.name, sample, files
 
 
 def is_made(job: Job, out: str | Path) -> bool:
-    """Say whether `out` holds the volume of a job: all files as its sidecar has them, made as the job would make it."""
+    """Say whether `out` holds a job's volume, made as it would be: files as the sidecar has them, pictures too."""
     file = sidecar_file(Path(out), job.name)
     try:
         found = json.loads(file.read_text())
@@ -182,6 +191,7 @@ def is_made(job: Job, out: str | Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, cut, or of another version
         return False
+    are_whole = are_whole and all((file.parent / picture).is_file() for picture in job.pictures)
     wanted = json.loads(json.dumps(sidecar_of(job.provenance, {})))
     del wanted["Files"]
     return are_whole and all(_essence(found.get(key)) == _essence(value) for key, value in _essence(wanted).items())

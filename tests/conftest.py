@@ -16,6 +16,7 @@ import pytest
 
 import latdiff3d.cli
 from latdiff3d.phantoms import write_phantoms
+from latdiff3d.synthesis import Model
 
 REPOSITORY = Path(__file__).parents[1]
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -180,3 +181,15 @@ def tiny_runs(phantoms, tmp_path_factory):
     second = train_here("diffusion", phantoms, logdir, "second", first_stage=str(logdir / "first"))
     assert second.code == 0, second.err
     return TinyRuns(phantoms, logdir / "first", logdir / "second")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_runs):
+    """Return the tiny run of stage 2, loaded."""
+    return Model.load(tiny_runs.diffusion)
+
+
+@pytest.fixture(scope="module")
+def mask(phantoms):
+    """Return the mask of a held-out phantom."""
+    return phantoms / "phantom_0004" / "phantom_0004_seg.nii.gz"

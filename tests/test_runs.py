@@ -523,11 +523,6 @@ def test_stage_2_does_not_go_on_from_the_latents_of_another_first_stage(phantoms
 
 
 @pytest.fixture(scope="module")
-def mask(phantoms):
-    return phantoms / "phantom_0004" / "phantom_0004_seg.nii.gz"
-
-
-@pytest.fixture(scope="module")
 def samples(tiny_runs, mask, tmp_path_factory):
     """What `latdiff3d sample` makes for one mask."""
     out = tmp_path_factory.mktemp("samples")

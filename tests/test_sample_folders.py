@@ -18,16 +18,6 @@ from latdiff3d.synthesis import Model
 from latdiff3d.volumes import read_mask
 
 
-@pytest.fixture(scope="module")
-def model(tiny_runs):
-    return Model.load(tiny_runs.diffusion)
-
-
-@pytest.fixture(scope="module")
-def mask(phantoms):
-    return phantoms / "phantom_0004" / "phantom_0004_seg.nii.gz"
-
-
 def test_each_case_is_yielded_when_it_is_written(model, mask, tmp_path):
     shutil.copy(mask, tmp_path / "a_seg.nii.gz")
     made = sample_to_folder(model, [tmp_path / "a_seg.nii.gz", mask], tmp_path / "out", seed=3)
@@ -154,6 +144,26 @@ def test_with_another_seed_grid_or_label_map_it_is_made_again(job, model, mask, 
     assert not is_made(again, tmp_path / "out")
 
 
+def test_in_another_type_or_with_a_picture_that_is_missing_it_is_made_again(job, model, mask, tmp_path):
+    [int16], _ = jobs_for(model, [mask], seed=3, writing=Writing(int16=True))
+    assert not is_made(int16, tmp_path / "out")
+    [plain], _ = jobs_for(model, [mask], seed=3, writing=Writing(picture=False))
+    [moving], _ = jobs_for(model, [mask], seed=3, writing=Writing(gif=True))
+    assert is_made(plain, tmp_path / "out") and not is_made(moving, tmp_path / "out")
+    (tmp_path / "out" / job.name / f"{job.name}.png").unlink()
+    assert is_made(plain, tmp_path / "out") and not is_made(job, tmp_path / "out")
+
+
+def test_what_is_stopped_between_picture_and_sidecar_is_not_taken_for_made(job, model, mask, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latdiff3d.sample_folders.write_synthetic", stop)
+    with pytest.raises(KeyboardInterrupt):
+        list(make(model, [job], tmp_path / "out"))
+    assert not is_made(job, tmp_path / "out")
+
+
 def test_for_another_mask_of_that_name_or_of_another_model_it_is_made_again(job, model, mask, tmp_path):
     image = nib.load(mask)
     other_mask = tmp_path / mask.name
@@ -226,6 +236,8 @@ def test_a_dicom_segmentation_makes_a_volume_where_it_lies(model, tmp_path):
         image = nib.load(file)
         assert image.shape == labels.shape and np.allclose(image.affine, affine, atol=1e-4)
     assert np.array_equal(np.asarray(nib.load(files[0].parent / "a_seg.nii.gz").dataobj), labels)
+
+
 def test_the_sidecar_says_what_made_a_sample_and_on_what(model, mask, tmp_path):
     [(name, _, files)] = sample_to_folder(model, [mask], tmp_path, seed=3)
     said = json.loads((tmp_path / name / f"{name}.json").read_text())

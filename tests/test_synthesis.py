@@ -16,16 +16,6 @@ from latdiff3d.samplers import dpm_solver_pp_2m
 from latdiff3d.synthesis import Model, cases_of_split
 
 
-@pytest.fixture(scope="module")
-def model(tiny_runs):
-    return Model.load(tiny_runs.diffusion)
-
-
-@pytest.fixture(scope="module")
-def mask(phantoms):
-    return phantoms / "phantom_0004" / "phantom_0004_seg.nii.gz"
-
-
 def test_a_loaded_model_knows_what_it_was_trained_on(model, tiny_runs):
     assert model.path == tiny_runs.diffusion / "checkpoints" / "best.pt"
     assert model.crop_to == [16, 16, 16] and model.modalities == ["flair", "t1", "t1ce", "t2"]
