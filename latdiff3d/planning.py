@@ -142,7 +142,10 @@ def _planned(
 
 def _tile_gb(stage: str, parser: Any) -> float | None:
     """Return what encoding a whole volume may take as configured: None for all there is, 0 where none is encoded."""
-    return parser["encode_memory_gb"] if stage == "diffusion" and parser["encode"] == "cached" else 0
+    if stage != "diffusion" or parser.get_parsed_content("encode") != "cached":
+        return 0
+    tile_gb: float | None = parser.get_parsed_content("encode_memory_gb")
+    return tile_gb
 
 
 def _by_stage(
