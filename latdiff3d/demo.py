@@ -28,7 +28,7 @@ LABEL_NAMES = {1: "necrotic core", 2: "oedema", 3: "enhancing rim"}
 PHANTOM_SHAPE, PHANTOM_SPACING_MM = (40, 48, 40), 3.6
 # About 3 and 6 minutes of training on 2 cores that multiply bfloat16; where they do not, fewer steps take as long.
 STEPS = {"autoencoder": 1600, "diffusion": 1300}
-SHARE_IN_FLOAT32 = 0.45
+SHARE_IN_FLOAT32 = 0.35
 BATCH_SIZE = {"autoencoder": 1, "diffusion": 4}
 # The discriminator joins for the rest.
 DISC_START = 0.9
