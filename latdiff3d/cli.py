@@ -116,13 +116,14 @@ def plan(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as batch_size=2")] = None,
     config: Annotated[list[Path] | None, typer.Option(help="overlay YAML, of either stage; may be repeated")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: the first GPU, or the CPU")] = None,
-    memory: Annotated[float | None, typer.Option(help="GB of the device; needed for a GPU that is not here")] = None,
+    memory: Annotated[str | None, typer.Option(help="GB of the device; needed for a GPU that is not here")] = None,
 ) -> None:
     """Say what both stages will take in memory, and what to change so that they fit. Exit code 1: they do not."""
     from latdiff3d import planning
     from latdiff3d.config import parse_settings
+    from latdiff3d.memory import gigabytes
 
-    on = planning.machine(device, memory)
+    on = planning.machine(device, None if memory is None else gigabytes(memory))
     found = list(planning.plans(config or [], parse_settings(settings or []), on))
     print(planning.report(found, on))
     if not all(each.fits for each in found if not each.changes):

@@ -82,7 +82,7 @@ def machine(device: str | None, memory_gb: float | None) -> Machine:
     if kind not in OUTSIDE or (number and (kind == "cpu" or not number.isdigit())):
         raise InputError(f"--device is {device!r}; expected cpu, cuda or a GPU by its number, such as cuda:1.")
     if memory_gb is not None and not memory_gb > 0:
-        raise InputError(f"--memory is {memory_gb:g}; expected the device's GB, such as --memory 24.")
+        raise InputError(f"the device's memory is {memory_gb:g} GB; expected more than 0, such as 24.")
     is_here = kind == "cpu" or int(number or 0) < torch.cuda.device_count()
     if not is_here and memory_gb is None:
         raise InputError(f"there is no {chosen} here; give the card's memory in GB, such as --memory 24.")

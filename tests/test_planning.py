@@ -25,7 +25,7 @@ def needs(monkeypatch, need_of):
 
 
 def test_what_fits_is_left_as_it_is():
-    ended = run_here("plan", "--device", "cpu", "--memory", "4", *as_words(SIZES))
+    ended = run_here("plan", "--device", "cpu", "--memory", "4GB", *as_words(SIZES))
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0] == "Memory of one process in training, in GB, on a CPU with 4.0"
@@ -94,7 +94,7 @@ def test_too_little_memory_ends_with_code_1():
     [
         (["--device", "tpu"], "--device is 'tpu'; expected cpu, cuda or a GPU by its number, such as cuda:1."),
         (["--device", "cpu:0"], "--device is 'cpu:0'; expected cpu"),
-        (["--memory", "-1"], "--memory is -1; expected the device's GB"),
+        (["--memory", "-1"], "memory is '-1'; expected GB above 0, such as 6 or 6GB."),
         (["--device", "cuda:99"], "there is no cuda:99 here; give the card's memory in GB"),
         (["--device", "cpu", "batch_sise=2"], "unknown key batch_sise; did you mean batch_size?"),
         (["--device", "cpu", "batch_size=0"], "batch_size is 0; expected a whole number from 1 on."),
