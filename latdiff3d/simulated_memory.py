@@ -22,7 +22,7 @@ from latdiff3d.updates import LossScaler
 aten = torch.ops.aten
 NETWORKS = {"autoencoder": ("autoencoder", "discriminator"), "diffusion": ("denoiser", "codec")}
 LATE = 1_000_000  # a number of updates after which every term of the loss is active
-BLOCK = 16  # channels, of oneDNN with AVX-512
+BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # channels, of oneDNN
 FLASH = 1  # of at::SDPBackend, what PyTorch chooses on a CPU
 # What is asked of numbers that are not there: whether one is out of range, or a count is at its start. It is not.
 COMPARISONS = (aten.lt.Scalar, aten.gt.Scalar, aten.le.Scalar, aten.ge.Scalar, aten.eq.Scalar)
@@ -177,8 +177,9 @@ def random_batch(stage: str, parser: Any) -> dict[str, Any]:
 def _convolution_scratch(func: Any, args: Any, results: Any) -> int:
     """Return the bytes that a convolution takes at most, on a CPU and beside its results.
 
-    As measured with torch 2.13, `memory.peak_bytes`. oneDNN computes on copies in blocks of 16 channels, then copies
-    the result; PyTorch's own convolutions, which it prefers for little to compute, copy each voxel's neighbourhood.
+    As measured with torch 2.13 and AVX-512, `memory.peak_bytes`; with AVX2 this may be half more than what is taken.
+    oneDNN computes on copies in blocks of channels, then copies the result; PyTorch's own convolutions, which it
+    prefers for little to compute, copy each voxel's neighbourhood.
     """
     is_forward = func is aten.convolution.default
     x, weight, (stride, padding, dilation, transposed, output_padding, groups) = (

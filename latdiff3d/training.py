@@ -216,9 +216,7 @@ def latent_batch(
     return mean, std, Condition(grid, covariates)
 
 
-def predicted(
-    denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition
-) -> torch.Tensor:
+def predicted(denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Condition) -> torch.Tensor:
     """Return the denoiser's prediction (B, C, D, H, W) of noisy latents of that shape at `timesteps` (B,)."""
     x = with_condition(noisy, condition.grid)  # (B, C + K, D, H, W)
     if condition.covariates is None:

@@ -54,9 +54,7 @@ def mask_on_model_grid(path: str | Path, preprocessing: Compose, crop_to: Sequen
     return cut_around_labels(path, preprocessing({"mask": str(path)})["mask"], preprocessing, crop_to)
 
 
-def cut_around_labels(
-    path: str | Path, mask: MetaTensor, preprocessing: Compose, crop_to: Sequence[int]
-) -> ModelGrid:
+def cut_around_labels(path: str | Path, mask: MetaTensor, preprocessing: Compose, crop_to: Sequence[int]) -> ModelGrid:
     """Cut the crop of `mask_on_model_grid` out of a mask (1, D, H, W) that `preprocessing` has made of `path`."""
     pad = SpatialPad(spatial_size=crop_to)
     padded = pad(mask)
