@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from latdiff3d import config
 from latdiff3d.errors import InputError
-from latdiff3d.losses import AutoencoderLoss
-from latdiff3d.memory import peak_bytes
 from latdiff3d.networks import downsampling, last_layer, narrow_posterior, placed
 from latdiff3d.recompute import BLOCKS, ENCODERS, per_block
-from latdiff3d.training import AutoencoderStep
-from latdiff3d.wavelets import WaveletAutoencoder
+from latdiff3d.simulated_memory import simulate
 
 RECOMPUTED = BLOCKS | ENCODERS
 
@@ -277,30 +272,18 @@ def test_off_leaves_the_network_as_it_is():
     assert not {type(module) for module in network.modules()} & set(RECOMPUTED.values())
 
 
-# Two residual blocks a level: with one, oneDNN's scratch space for a single convolution, twice as large on two threads
-# as on one, is half the peak, and a CPU's make decides. `benchmarks/memory.py` measures the bundle's own networks.
-DEEP = {"channels": (16, 32), "num_res_blocks": 2} | NO_ATTENTION
-
-
-def stemmed():
-    return WaveletAutoencoder(autoencoder(in_channels=8, out_channels=8, **DEEP), levels=1, image_channels=1)
-
-
-@pytest.mark.parametrize("build", [stemmed, lambda: autoencoder(**DEEP)])
-def test_a_step_of_stage_1_needs_at_most_60_percent_of_the_memory(build):
-    peaks = []
-    for use_checkpoint in (False, True):
-        network = per_block(build(), use_checkpoint)
-        discriminator = PatchDiscriminator(3, 4, 1, num_layers_d=1, norm="INSTANCE")
-        optimizers = [torch.optim.Adam(module.parameters()) for module in (network, discriminator)]
-        step = AutoencoderStep(network, discriminator, AutoencoderLoss(disc_start=1), *optimizers, CPU)
-        engine = SimpleNamespace(state=SimpleNamespace(iteration=1))
-        batch = {"image": torch.rand(1, 1, 32, 32, 32), "valid": torch.ones(1, 1, 32, 32, 32)}
-        step(engine, batch)  # the optimisers' state is there from now on
-        for module in (network, discriminator):
-            module.zero_grad(set_to_none=True)
-        peaks.append(peak_bytes(partial(step, engine, batch), CPU))
-    assert peaks[1] <= 0.6 * peaks[0]
+@pytest.mark.parametrize(
+    ("stage", "overlays", "edge"),
+    [("autoencoder", [], 64), ("autoencoder", [config.CONFIG_FOLDER / "plain.yaml"], 64), ("diffusion", [], 128)],
+    ids=["stage 1", "stage 1, plain", "stage 2"],
+)
+def test_a_step_of_the_bundles_networks_needs_at_most_60_percent_of_the_memory(stage, overlays, edge):
+    # Of tensors alone: what a CPU's convolutions take beside them is its make's. `benchmarks/memory.py` measures it.
+    settings = {"crop_to": [edge] * 3, "batch_size": 1, "precision": "fp32"}
+    plain, recomputed = (
+        simulate(stage, overlays, {**settings, "use_checkpoint": on}, on_gpu=True).step for on in (False, True)
+    )
+    assert recomputed <= 0.6 * plain
 
 
 # In company
