@@ -16,8 +16,11 @@ install: $(INSTALLED) ## make .venv with the pinned packages, latdiff3d (editabl
 demo: install ## train and sample on synthetic cases, or on your own with DATA=folder
 	$(BIN)/latdiff3d demo $(if $(DATA),--data "$(DATA)")
 
+# One process a core, each with one thread: most of the tests' work is too small to share. A file's tests stay together,
+# for they share what they train.
+test: export OMP_NUM_THREADS = 1
 test: install ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 soak: install ## kill training 20 times at random moments and compare its weights; SOAK_SEED=7 picks other moments
 	$(BIN)/python -m pytest -m soak -s tests/test_kills.py
