@@ -9,6 +9,7 @@ from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet, UNet
 from monai.networks.nets.autoencoderkl import AEKLDownsample
 from torch import nn
 
+from latdiff3d.cpu_convolutions import with_cpu_convolutions
 from latdiff3d.errors import InputError
 from latdiff3d.transforms import check_divisible
 
@@ -32,27 +33,9 @@ def downsampling(network: nn.Module) -> int:
     raise TypeError(f"{type(network).__name__} is no AutoencoderKL, VQVAE, DiffusionModelUNet or UNet.")
 
 
-class ExactConv3d(nn.Conv3d):
-    """A Conv3d that leaves bfloat16 autocast where its input is thinner than its kernel.
-
-    There, with torch 2.13 on a CPU with AVX-512, the bfloat16 weight gradient is uninitialised memory: for 64 → 64
-    channels, kernel 3 and a 2 × 2 × 2 input, 40 of 40 trials were wrong, many of them infinite or NaN.
-    """
-
-    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if all(size >= kernel for size, kernel in zip(input.shape[2:], self.kernel_size, strict=True)):
-            return super()._conv_forward(input, weight, bias)
-        with torch.autocast(input.device.type, enabled=False):
-            return super()._conv_forward(input.float(), weight.float(), None if bias is None else bias.float())
-
-
 def placed(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return `network` on `device`, its convolutions exact where the CPU's would not be; the weights' names stay."""
-    if device.type == "cpu":
-        for module in network.modules():
-            if type(module) is nn.Conv3d:
-                module.__class__ = ExactConv3d
-    return network.to(device)
+    """Return `network` on `device`, on a CPU with convolutions that are exact and fast; the weights' names stay."""
+    return (with_cpu_convolutions(network) if device.type == "cpu" else network).to(device)
 
 
 def narrow_posterior(autoencoder: Any, std: float) -> nn.Module:

@@ -36,7 +36,7 @@ FLOORS = [
     {"datalist"},
     {"layouts", "phantoms"},
     {"dicom_masks"},
-    {"devices", "distributed", "compilation", "checkpoints"},
+    {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions"},
     {"errors"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}

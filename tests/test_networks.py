@@ -1,7 +1,6 @@
 """What MONAI's networks are asked and given from outside."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -9,15 +8,12 @@ from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet, PatchD
 from torch import nn
 
 from latdiff3d.errors import InputError
-from latdiff3d.losses import discriminator_loss
 from latdiff3d.networks import (
-    ExactConv3d,
     check_crop,
     check_discriminator,
     downsampling,
     last_layer,
     narrow_posterior,
-    placed,
 )
 
 
@@ -182,70 +178,3 @@ def test_narrowing_changes_no_mean_and_the_posterior_can_widen_again():
 
 def test_the_last_layer_is_the_one_that_writes_the_image():
     assert last_layer(autoencoder()).shape[:2] == (1, 8)
-
-
-# ExactConv3d
-
-
-def placed_conv():
-    torch.manual_seed(0)
-    return placed(nn.Sequential(nn.Conv3d(64, 64, 3, padding=1)), torch.device("cpu"))
-
-
-def weight_gradient(network, x, autocast):
-    network.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = network(x)
-    out.float().square().sum().backward()
-    return network[0].weight.grad.clone()
-
-
-def test_the_weight_gradient_at_2x2x2_under_autocast_is_that_of_float32():
-    network = placed_conv()
-    for trial in range(8):
-        x = torch.randn((2, 64, 2, 2, 2), generator=torch.Generator().manual_seed(trial))
-        assert torch.equal(weight_gradient(network, x, True), weight_gradient(network, x, False))
-
-
-def test_an_input_as_thick_as_the_kernel_stays_in_bfloat16():
-    network = placed_conv()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert network(torch.zeros(1, 64, 4, 4, 4)).dtype == torch.bfloat16
-
-
-def test_the_discriminators_gradients_in_bfloat16_are_finite_where_its_layers_grow_thin():
-    # 24 × 32 × 24 is 2 × 3 × 2 before the last layer, whose kernel is 4: where bfloat16's were uninitialised memory.
-    torch.manual_seed(0)
-    network = placed(discriminator(16, 3), torch.device("cpu"))
-    for trial in range(8):
-        real, fake = torch.rand((2, 2, 1, 24, 32, 24), generator=torch.Generator().manual_seed(trial))
-        gradients = []
-        for enabled in (True, False):
-            network.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                scores = [network(image)[-1].float() for image in (real, fake)]
-            discriminator_loss(*scores).backward()
-            gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
-        assert gradients[0].isfinite().all()
-        # 0.12 at most; nearly all unplaced ones are off by more than their own length, or not finite.
-        assert (gradients[0] - gradients[1]).norm() < 0.2 * gradients[1].norm()
-
-
-def test_placing_keeps_the_weights_and_their_names():
-    plain = autoencoder()
-    before = copy.deepcopy(plain.state_dict())
-    after = placed(plain, torch.device("cpu")).state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert all(type(module) is ExactConv3d for module in plain.modules() if isinstance(module, nn.Conv3d))
-
-
-def test_a_placed_network_survives_deepcopy():
-    network = placed(autoencoder(), torch.device("cpu")).eval()
-    twin = copy.deepcopy(network)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        x = torch.rand(1, 1, 8, 8, 8)
-        assert torch.equal(twin.encode(x)[0], network.encode(x)[0])
-    assert all(type(module) is ExactConv3d for module in twin.modules() if isinstance(module, nn.Conv3d))
-    assert downsampling(twin) == 2
