@@ -40,7 +40,7 @@ def write_decathlon(root, shape=(18, 20, 17), num_channels=1, affine=None):
     return root
 
 
-@pytest.mark.parametrize(("precision", "steps"), [("bf16", 1600), ("fp32", 700)])
+@pytest.mark.parametrize(("precision", "steps"), [("bf16", 1600), ("fp32", 600)])
 def test_the_demo_trains_for_as_long_with_bfloat16_as_without(monkeypatch, precision, steps):
     monkeypatch.setattr(demo.devices, "fastest_precision", lambda device: precision)
     assert demo.num_steps("autoencoder") == steps
