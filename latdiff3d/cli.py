@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
+from latdiff3d.errors import SOME_LEFT_OUT, InputError, InputExit, place_error, root_input_error
 
 app = typer.Typer(
     help="Latent diffusion on 3D medical volumes.",
@@ -17,8 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-SOME_LEFT_OUT = 3  # the exit code where some masks of several could not be used
 
 
 class Stage(str, Enum):

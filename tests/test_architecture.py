@@ -11,7 +11,7 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"demo"},
+    {"demo", "inference"},
     {"sample_folders"},
     {"preflight"},
     {"synthesis", "runs", "reconstruction"},
@@ -21,7 +21,7 @@ FLOORS = [
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
-    | {"fingerprints", "guidance", "pictures"},
+    | {"fingerprints", "guidance", "pictures", "tensor_networks"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
@@ -37,7 +37,7 @@ FLOORS = [
     {"layouts", "phantoms"},
     {"dicom_masks"},
     {"devices", "distributed", "compilation", "checkpoints"},
-    {"errors"},
+    {"errors", "exported"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")
