@@ -19,6 +19,8 @@ from latdiff3d.errors import InputError
 FOLDER = "checkpoints"
 AFTER_A_FULL_DISK = "make room, and the same command goes on from the last checkpoint, which is whole."
 LAST = "last.pt"
+# What PyTorch's reader and ours say of a file that is cut, changed or none of theirs.
+UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, zipfile.BadZipFile)
 # Raised when the layout of the file changes in a way that older code cannot read.
 FORMAT = 1
 
@@ -90,11 +92,11 @@ def load(path: Path, stage: str | None = None) -> dict[str, Any]:
         InputError: missing, damaged, not ours, or of the other stage.
     """
     try:
-        content = exported.as_checkpoint(path, _read, FORMAT) if exported.is_weights_file(path) else _read(path)
+        content = exported.as_checkpoint(path, read, FORMAT) if exported.is_weights_file(path) else read(path)
     except FileNotFoundError as error:
         missing = error.filename or path
         raise InputError(f"there is no checkpoint {missing}; expected a .pt file that latdiff3d wrote.") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]  # EOFError says nothing
         raise InputError(f"{path} is not a readable checkpoint ({reason}); copy it again or use another.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -199,7 +201,12 @@ def require_checksums(path: Path) -> None:
         raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """Return what a file of PyTorch's holds: tensors, numbers, strings and containers of them; code is refused.
+
+    Raises:
+        OSError and those of `UNREADABLE`.
+    """
     require_checksums(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -30,12 +30,29 @@ def begin(*files: str) -> None:
     runs.begin(*files)
     resolved = config.calling_parser().get()
     with runs.one_line():
-        own = config.merged(Path(str(resolved["bundle_root"])) / "configs" / file for file in files)
-        common = config.read_yaml(Path(str(resolved["bundle_root"])) / "configs" / config.COMMON)
-        for key in common:
-            if key not in OF_SAMPLING and resolved[key] != own[key]:
+        folder = Path(str(resolved["bundle_root"])) / "configs"
+        own, overlay = config.merged(folder / file for file in files), folder / config.OVERLAY
+        usual = [own, own | (config.read_yaml(overlay) if overlay.is_file() else {})]
+        for key in config.read_yaml(folder / config.COMMON):
+            if key not in OF_SAMPLING and resolved[key] not in [values[key] for values in usual]:
                 advice = f"say sampling::{key}" if key in SAMPLING_SETTINGS else "leave it out"
                 raise InputError(f"{key} is set, and sampling takes the model's own; {advice}.")
+
+
+def begin_evaluation(*files: str) -> None:
+    """Do what `runs.begin` does, the bundle's `files` and that of the stage being what is known.
+
+    Raises:
+        InputExit: see `runs.begin`; or a configuration of no stage.
+    """
+    parser = config.calling_parser()
+    with runs.one_line():
+        stage = parser.get("train::run::stage")
+        if stage not in config.STAGE_FILES:
+            raise InputError(
+                "evaluate.yaml is read without a stage; give train_autoencoder.yaml, or another, before it."
+            )
+    runs.begin(*files, config.STAGE_FILES[stage])
 
 
 def sample() -> None:

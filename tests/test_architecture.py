@@ -11,7 +11,8 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"demo", "inference"},
+    {"demo", "inference", "export", "bundle_checks", "sharing"},
+    {"model_card", "bundle_metadata", "bundle_files"},
     {"sample_folders"},
     {"preflight"},
     {"synthesis", "runs", "reconstruction"},
@@ -25,6 +26,7 @@ FLOORS = [
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
+    {"bundle_trial"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"coarse_masks", "updates", "training_masks"},
     {"volumes"},
@@ -37,7 +39,7 @@ FLOORS = [
     {"layouts", "phantoms"},
     {"dicom_masks"},
     {"devices", "distributed", "compilation", "checkpoints"},
-    {"errors", "exported"},
+    {"errors", "exported", "bundle_modules", "bundle_probe"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")
