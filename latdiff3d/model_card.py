@@ -18,7 +18,8 @@ TEXT = """# Model Overview
 
 {name}. {description}.
 
-Its task: {task}. The volumes are synthetic: they are for research, not for diagnosis, and every file that is written says so.
+Its task: {task}. The volumes are synthetic: they are for research, not for diagnosis, and every file that is written
+says so.
 
 {sample}
 ## Data

@@ -116,16 +116,7 @@ def test_a_bundle_alone_trains_and_goes_on(bundle, tiny_runs, tmp_path):
 def test_a_bundle_alone_trains_and_samples_on_two_processes(bundle, tiny_runs, tmp_path):
     alone = copied(bundle, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(alone), "OMP_NUM_THREADS": "1"}
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "monai.bundle",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     masks = tmp_path / "masks"
     masks.mkdir()
     for case in ("phantom_0004", "phantom_0005"):
@@ -134,11 +125,12 @@ def test_a_bundle_alone_trains_and_samples_on_two_processes(bundle, tiny_runs, t
     given = ["--dataset_dir", tiny_runs.data, "--logdir", tmp_path / "runs"]
     for words in (
         ["run", "training", "--config_file", training, *given],
-        ["run", "evaluate", "--config_file", [*training, "configs/evaluate.yaml"], *given, "--figures", tmp_path / "f.json"],
+        ["run", "evaluate", "--config_file", [*training, "configs/evaluate.yaml"], *given,
+         "--figures", tmp_path / "f.json"],
         ["run", "inference", "--config_file", ["configs/common.yaml", "configs/inference.yaml"], "--mask", masks,
          "--out", tmp_path / "out"],
     ):  # fmt: skip
-        command = [*start, *(str(word) for word in words)]
+        command = [*torchrun, "-m", "monai.bundle", *(str(word) for word in words)]
         ended = subprocess.run(command, cwd=alone, env=environment, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
     assert checkpoints.load(tmp_path / "runs" / "diffusion" / "checkpoints" / "best.pt")["finished"]
