@@ -173,10 +173,13 @@ class _Trial:
         if missing:
             return Check(name, NOT_MADE, f"{', '.join(missing)} is not installed: {INSTALL}")
         words = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
-        return self._process(name, ["-m", "monai.bundle", *command.split(), *words])
+        return self._process(name, ["-m", "monai.bundle", *command.split(), *words])[0]
 
     def _probe(self, name: str, *words: str) -> Check:
-        return self._process(name, ["-c", Path(bundle_probe.__file__).read_text(), *words], shows_output=True)
+        check, ended = self._process(name, ["-c", Path(bundle_probe.__file__).read_text(), *words])
+        told = _last_line(ended.stdout)
+        is_told = told and (check.outcome == FAILED or words[0] == "outputs")
+        return check._replace(said=told) if is_told else check
 
     def _properties(self, flows: Sequence[Flow]) -> Check:
         arguments = [
@@ -186,12 +189,15 @@ class _Trial:
         ]
         return self._probe("check_properties", "properties", json.dumps(arguments))
 
-    def _process(self, name: str, words: Sequence[str], shows_output: bool = False) -> Check:
+    def _process(self, name: str, words: Sequence[str]) -> tuple[Check, subprocess.CompletedProcess[str]]:
         ended = subprocess.run(
             [sys.executable, *words], cwd=self.root, env=self.environment, capture_output=True, text=True, check=False
         )
-        lines = [line for line in (ended.stdout if shows_output else ended.stderr).splitlines() if line.strip()]
-        if ended.returncode:
-            lines = [line for line in (*ended.stdout.splitlines(), *ended.stderr.splitlines()) if line.strip()]
-            return Check(name, FAILED, lines[-1] if lines else f"exit code {ended.returncode}")
-        return Check(name, OK, lines[-1] if shows_output and lines else "")
+        if ended.returncode == 0:
+            return Check(name, OK), ended
+        said = _last_line(ended.stderr) or _last_line(ended.stdout) or f"exit code {ended.returncode}"
+        return Check(name, FAILED, said), ended
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

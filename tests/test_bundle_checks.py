@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -25,6 +26,11 @@ def changed(file, old, new):
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
+
+
+def passed(trial, name, words):
+    """Be a process that ends well, for tests of what is around it."""
+    return bundle_checks.Check(name, OK), subprocess.CompletedProcess(words, 0, "", "")
 
 
 def outcomes(bundle, **how):
@@ -93,7 +99,7 @@ def test_what_is_wrong_with_the_files_is_found(bundle, spoil, check, words):
 
 def test_a_check_whose_package_is_missing_is_not_passed(bundle, monkeypatch):
     monkeypatch.setattr(bundle_checks, "find_spec", lambda name: None)
-    monkeypatch.setattr(bundle_checks._Trial, "_process", lambda self, name, *_, **__: bundle_checks.Check(name, OK))
+    monkeypatch.setattr(bundle_checks._Trial, "_process", passed)
     found = outcomes(bundle, runs=False)
     assert found["verify_metadata metadata.json"] == found["onnx_export network_def"] == NOT_MADE
     ended = run_here("verify", bundle, "--no-runs")
@@ -102,7 +108,7 @@ def test_a_check_whose_package_is_missing_is_not_passed(bundle, monkeypatch):
 
 
 def test_a_failure_is_the_exit_code(bundle, monkeypatch):
-    monkeypatch.setattr(bundle_checks._Trial, "_process", lambda self, name, *_, **__: bundle_checks.Check(name, OK))
+    monkeypatch.setattr(bundle_checks._Trial, "_process", passed)
     (bundle / "LICENSE").unlink()
     ended = run_here("verify", bundle, "--no-runs")
     assert ended.code == 1
