@@ -122,7 +122,7 @@ def test_a_bundle_alone_trains_and_samples_on_two_processes(bundle, tiny_runs, t
     for case in ("phantom_0004", "phantom_0005"):
         shutil.copyfile(tiny_runs.data / case / f"{case}_seg.nii.gz", masks / f"{case}.nii.gz")
     training = ["configs/common.yaml", "configs/train_diffusion.yaml"]
-    given = ["--dataset_dir", tiny_runs.data, "--logdir", tmp_path / "runs"]
+    given = ["--dataset_dir", tiny_runs.data, "--logdir", tmp_path / "runs", "--batch_size", 2]
     for words in (
         ["run", "training", "--config_file", training, *given],
         ["run", "evaluate", "--config_file", [*training, "configs/evaluate.yaml"], *given,
