@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from latdiff3d import exported
 from latdiff3d.errors import InputError
 
 FOLDER = "checkpoints"
 AFTER_A_FULL_DISK = "make room, and the same command goes on from the last checkpoint, which is whole."
 LAST = "last.pt"
+# What PyTorch's reader and ours say of a file that is cut, changed or none of theirs.
+UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, zipfile.BadZipFile)
 # Raised when the layout of the file changes in a way that older code cannot read.
 FORMAT = 1
 
@@ -82,18 +85,18 @@ def load(path: Path, stage: str | None = None) -> dict[str, Any]:
     """Read a checkpoint without running any code in it.
 
     Args:
-        path: the file.
+        path: the file; or one with weights in an exported bundle, see exported.py.
         stage: "autoencoder" or "diffusion", if only one of them will do.
 
     Raises:
         InputError: missing, damaged, not ours, or of the other stage.
     """
     try:
-        require_checksums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}; expected a .pt file that latdiff3d wrote.") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, zipfile.BadZipFile) as error:
+        content = exported.as_checkpoint(path, read, FORMAT) if exported.is_weights_file(path) else read(path)
+    except FileNotFoundError as error:
+        missing = error.filename or path
+        raise InputError(f"there is no checkpoint {missing}; expected a .pt file that latdiff3d wrote.") from None
+    except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]  # EOFError says nothing
         raise InputError(f"{path} is not a readable checkpoint ({reason}); copy it again or use another.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -103,18 +106,21 @@ def load(path: Path, stage: str | None = None) -> dict[str, Any]:
     return content
 
 
-def find(place: str | Path, which: str = "best") -> Path:
-    """Return the checkpoint file that `place` names: the file itself, or a run's folder.
+def find(place: str | Path, which: str = "best", stage: str | None = None) -> Path:
+    """Return the checkpoint file that `place` names: the file itself, or a run's or an exported bundle's.
 
     Args:
-        place: a .pt file or a folder that a training run wrote.
-        which: "best" or "last", for a folder.
+        place: a .pt file, a folder that a training run wrote, or one that `latdiff3d export` wrote.
+        which: "best" or "last", for a run's folder.
+        stage: whose weights of an exported bundle; stage 2's if None.
 
     Raises:
         InputError: when there is none.
     """
     path = Path(place)
     candidate = path / FOLDER / f"{which}.pt" if path.is_dir() else path
+    if path.is_dir() and not candidate.is_file():
+        candidate = exported.weights_file(path, stage)
     if not str(place) or not candidate.is_file():
         raise InputError(f"there is no checkpoint at {place!s:.300}; expected a .pt file or the folder of a run.")
     return candidate
@@ -193,6 +199,16 @@ def require_checksums(path: Path) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def read(path: Path) -> Any:
+    """Return what a file of PyTorch's holds: tensors, numbers, strings and containers of them; code is refused.
+
+    Raises:
+        OSError and those of `UNREADABLE`.
+    """
+    require_checksums(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def is_full(error: BaseException | None) -> bool:

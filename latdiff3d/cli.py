@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latdiff3d.errors import InputError, InputExit, place_error, root_input_error
+from latdiff3d.errors import SOME_LEFT_OUT, InputError, InputExit, place_error, root_input_error
 
 app = typer.Typer(
     help="Latent diffusion on 3D medical volumes.",
@@ -17,8 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-SOME_LEFT_OUT = 3  # the exit code where some masks of several could not be used
 
 
 class Stage(str, Enum):
@@ -98,6 +96,65 @@ def reconstruct(
         psnr = figures["PSNR"]["All"]
         said = "no difference" if psnr is None else f"PSNR {psnr:.2f} dB"
         print(f"{case}: {said}, SSIM {figures['SSIM']['All']:.4f}, in {out / case}")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Option(help="a finished run of stage 2, or its checkpoint")],
+    to: Annotated[Path, typer.Option(help="the bundle's folder, which is not there yet")],
+    mask: Annotated[Path | None, typer.Option(help="a mask, for which the model card shows a sample")] = None,
+    splits: Annotated[bool, typer.Option("--splits", help="take the lists of cases along, which name them")] = False,
+) -> None:
+    """Write a run as a self-contained MONAI bundle."""
+    from latdiff3d.export import export as write_bundle
+
+    for sentence in write_bundle(run, to, mask, splits):
+        print(f"note: {sentence}")
+    print(f"{to} is a MONAI bundle. Next: latdiff3d verify {to}")
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="a MONAI bundle's folder")],
+    schema: Annotated[Path | None, typer.Option(help="JSON schema of metadata.json; default: ours")] = None,
+    runs: Annotated[bool, typer.Option(help="train, sample and evaluate too, on a few phantoms")] = True,
+) -> None:
+    """Make the Model Zoo's checks of a bundle and ours. Exit code 1: one failed; 3: one could not be made."""
+    from latdiff3d import bundle_checks
+
+    outcomes = []
+    for check in bundle_checks.verify(bundle, schema or bundle_checks.SCHEMA, runs):
+        print(f"{check.outcome:<8} {check.name}{': ' + check.said if check.said else ''}", flush=True)
+        outcomes.append(check.outcome)
+    if bundle_checks.FAILED in outcomes:
+        raise SystemExit(1)
+    if bundle_checks.NOT_MADE in outcomes:
+        raise SystemExit(SOME_LEFT_OUT)
+
+
+@app.command()
+def pack(
+    bundle: Annotated[Path, typer.Argument(help="an exported bundle's folder")],
+    to: Annotated[Path, typer.Option(help="the .zip file")],
+    weights_url: Annotated[str | None, typer.Option(help="leave weights out, to be had from here")] = None,
+) -> None:
+    """Write a bundle as a zip, as the Model Zoo takes it."""
+    from latdiff3d import sharing
+
+    left_out = sharing.pack(bundle, to, weights_url)
+    print(f"{to} holds {bundle.resolve().name}" + (f"; put {', '.join(left_out)} at {weights_url}" if left_out else ""))
+
+
+@app.command()
+def push(
+    bundle: Annotated[Path, typer.Argument(help="an exported bundle's folder")],
+    repo: Annotated[str, typer.Option(help="user/name on the Hugging Face hub")],
+    public: Annotated[bool, typer.Option("--public", help="let everybody see it")] = False,
+) -> None:
+    """Push a bundle to the Hugging Face hub, privately unless told otherwise."""
+    from latdiff3d import sharing
+
+    print(sharing.push(bundle, repo, not public))
 
 
 @app.command()

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_BUNDLE = REPOSITORY / "bundles" / "brats_mask_ldm"
 CONFIG_FOLDER = REPOSITORY / "configs"
 COMMON = "common.yaml"
+OVERLAY = "overlay.yaml"  # in a bundle that shares another one's files: what differs
 STAGE_FILES = {
     "autoencoder": "train_autoencoder.yaml",
     "diffusion": "train_diffusion.yaml",
@@ -91,7 +92,7 @@ def training_workflow(
 
 
 def bundle_files(bundle: Path, stage: str) -> list[Path]:
-    """Return the bundle's files that configure `stage`, the common one first.
+    """Return the bundle's files that configure `stage`, the common one first and its overlay, if it has one, last.
 
     Raises:
         InputError: when `bundle` is no such folder.
@@ -100,7 +101,8 @@ def bundle_files(bundle: Path, stage: str) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise InputError(f"there is no {file}; expected `bundle` to name a bundle's folder.")
-    return files
+    overlay = bundle / "configs" / OVERLAY
+    return [*files, overlay] if overlay.is_file() else files
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

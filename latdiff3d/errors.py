@@ -2,6 +2,8 @@
 
 import re
 
+SOME_LEFT_OUT = 3  # the exit code where some of several things could not be used, or were not done
+
 # A data loader's worker hands its error on as text: a traceback, whose last line is the error.
 _FROM_A_WORKER = re.compile(r"^latdiff3d\.errors\.InputError: (.+)$", re.MULTILINE)
 

@@ -37,7 +37,7 @@ def begin(*files: str) -> None:
         InputExit: for an unknown key, a setting that is not what it must be, or one that nothing would use.
     """
     parser = config.calling_parser()
-    with _one_line():
+    with one_line():
         resolved = _own_config(parser)
         folder = Path(str(resolved["bundle_root"])) / "configs"
         if not all((folder / file).is_file() for file in files):
@@ -59,7 +59,7 @@ def train(stage: str) -> None:
         InputExit: for anything wrong in the configuration or the data.
     """
     parser = config.calling_parser()
-    with _one_line(), _one_of_the_ranks():
+    with one_line(), one_of_the_ranks():
         own = _own_config(parser)
         run_dir = Path(parser.get_parsed_content("run_dir"))
         _refuse_foreign_folder(run_dir, own, resuming=bool(own["resume"]))
@@ -150,7 +150,7 @@ def first_stage_codec(first_stage: str, codec: LatentCodec, settings: Mapping[st
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
     """Let a user's mistake out of MONAI's wrappers as the one line it is."""
     try:
         yield
@@ -181,7 +181,7 @@ def _own_config(parser: ConfigParser) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_of_the_ranks() -> Iterator[None]:
+def one_of_the_ranks() -> Iterator[None]:
     """Leave standard output to the first rank, and the others when done; tell a lost rank from an error of our own."""
     ranks = distributed.num_ranks()
     try:

@@ -193,3 +193,13 @@ def model(tiny_runs):
 def mask(phantoms):
     """Return the mask of a held-out phantom."""
     return phantoms / "phantom_0004" / "phantom_0004_seg.nii.gz"
+
+
+@pytest.fixture(scope="session")
+def exported_bundle(tiny_runs, tmp_path_factory):
+    """Return the tiny run of stage 2 as a bundle, with a sample in its card; not to be written to."""
+    folder = tmp_path_factory.mktemp("exported") / "tiny_bundle"
+    mask = tiny_runs.data / "phantom_0004" / "phantom_0004_seg.nii.gz"
+    ended = run_here("export", "--run", tiny_runs.diffusion, "--to", folder, "--mask", mask)
+    assert ended.code == 0, ended.err
+    return folder

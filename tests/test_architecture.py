@@ -11,7 +11,8 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"demo"},
+    {"demo", "inference", "export", "bundle_checks", "sharing"},
+    {"model_card", "bundle_metadata", "bundle_files"},
     {"sample_folders"},
     {"preflight"},
     {"synthesis", "runs", "reconstruction"},
@@ -21,10 +22,11 @@ FLOORS = [
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
-    | {"fingerprints", "guidance", "pictures"},
+    | {"fingerprints", "guidance", "pictures", "tensor_networks"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
+    {"bundle_trial"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
     | {"coarse_masks", "updates", "training_masks"},
     {"volumes"},
@@ -37,7 +39,7 @@ FLOORS = [
     {"layouts", "phantoms"},
     {"dicom_masks"},
     {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions"},
-    {"errors"},
+    {"errors", "exported", "bundle_modules", "bundle_probe"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")

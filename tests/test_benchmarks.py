@@ -81,3 +81,13 @@ def test_guidance_is_swept_before_the_judge_and_beside_painted_masks(tiny_runs, 
     assert {"mask_fidelity", "spectrum_ratio", "mmd", "mmd_painted"} <= set(figures)
     assert figures["painted"]["dice"] > 0 and "real volumes: Dice" in ended.out
     assert (run / "guidance.png").stat().st_size > 5000
+
+
+def test_configuration_is_counted_and_links_count_where_they_lead(tmp_path):
+    configs = tmp_path / "one" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "a.yaml").write_text("# x\nlr: 1\nnet: {size: [1, 2], more: $@lr > 0}\n")
+    (configs / "b.json").write_text('{"lr": 1, "f": "$lambda x: x", "imports": ["$import os"]}')
+    (configs / "c.yaml").symlink_to("a.yaml")
+    figures = last_line(run_process("benchmarks/configuration.py", configs))
+    assert list(figures["one"].values()) == [2, 7, 2, 1, 12, 1]
