@@ -3,9 +3,10 @@
     python benchmarks/whole_volume.py [--run RUN_OR_CKPT] [--data DATA] [--size 240 240 155] [--memory 6GB] [--short]
 
 Makes one volume by `latdiff3d sample --whole`, files and pictures included, in a fresh process, whose largest resident
-set, Python and PyTorch included, is `peak_gb` (a GPU's memory is not in it) and whose time is `minutes`. Its mask are
-the masks of `--data`, side by side on a grid of `--size`, or the first alone where that is as large. Without `--run` a
-small model is trained on phantoms of half the edges, in runs/benchmark_whole_volume, if it is not there yet.
+set, Python and PyTorch included, is `peak_gb` (a GPU's memory is not in it) and whose time is `minutes`; `cpu_minutes`
+is what its threads computed in all, whatever else the machine did. Its mask are the masks of `--data`, side by side on
+a grid of `--size`, or the first alone where that is as large. Without `--run` a small model is trained on phantoms of
+half the edges, in runs/benchmark_whole_volume, if it is not there yet.
 
 Seams: the mean absolute difference of neighbouring voxels across a border, over that across the planes half a tile to
 either side, where both voxels are foreground (some modality above 0.05). Borders are those of the windows' own parts,
@@ -90,15 +91,15 @@ def main() -> None:
         mask = Path(folder) / "whole_seg.nii.gz"
         write_mask(model, data, size, mask)
         for name in ARMS if given.compare else ["ours"]:
-            arm = {"run": str(run), "mask": str(mask), "out": f"{folder}/out", "memory": given.memory, "arm": name}
+            arm = {"run": str(run), "mask": str(mask), "out": f"{folder}/{name}", "memory": given.memory, "arm": name}
             chosen = {"steps": given.steps, "sampler": given.sampler, "guidance": given.guidance, "seed": given.seed}
             made = in_fresh_process({**arm, **chosen})
-            found[name] = {**made, **seams(model, size, read_volume(Path(folder) / "out" / "whole", model), made)}
+            found[name] = {**made, **seams(model, size, read_volume(Path(folder) / name / "whole", model), made)}
             print_row(name, size, found[name])
     ours = found["ours"]
     figures = {
         **{key: ours[key] for key in ("peak_gb", "seam_ratio", "minutes", "seam_worst_axis", "windows", "tiles")},
-        **{key: ours[key] for key in ("no_seam", "by_call", "num_windows", "num_tiles", "foreground")},
+        **{key: ours[key] for key in ("no_seam", "by_call", "num_windows", "num_tiles", "foreground", "cpu_minutes")},
         "memory_gb": memory.gigabytes(given.memory),
         "size": list(size),
         "steps": given.steps,
@@ -167,13 +168,18 @@ def run_arm(
     """Sample as the command does, and return peak, time, and the axes of windows and tiles in latent cells."""
     layout: dict[str, Any] = {"calls": [], "tiles": None, "num_tiles": 1}
     note(layout, ARMS[arm])
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), time.process_time()
     run_sampling(
         run, Path(out), mask=Path(mask), num_samples=1, seed=seed, steps=steps, gpus=None, guidance=guidance,
         sampler=sampler, covariates=None, picture=True, gif=False, like=None, int16=False, label_map=None, whole=True,
         memory=memory,
     )  # fmt: skip
-    return {"minutes": round((time.perf_counter() - begun) / 60, 2), "peak_gb": round(peak_bytes() / 1e9, 2), **layout}
+    return {
+        "minutes": round((time.perf_counter() - begun) / 60, 2),
+        "cpu_minutes": round((time.process_time() - used) / 60, 2),
+        "peak_gb": round(peak_bytes() / 1e9, 2),
+        **layout,
+    }
 
 
 def note(layout: dict[str, Any], placing: dict[str, Any]) -> None:
