@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="scale of the mask's pull (default: the configuration's)")
     parser.add_argument("--covariate", action="append", help="name=value, such as age=60; may be repeated")
     parser.add_argument("--label-map", help="file's label:model's label, such as 1:2,3:0")
+    parser.add_argument("--whole", action="store_true", help="volumes as large as their masks, by windows")
+    parser.add_argument("--memory", help="GB that --whole keeps to (default: 6GB)")
     parser.add_argument("--gpus", help="number of one GPU, such as 0, (default: the first, or the CPU)")
     parser.add_argument("--no-pictures", action="store_true", help="write no PNG beside each case")
     parser.add_argument("--gif", action="store_true", help="write a GIF that goes through the slices")
@@ -36,6 +38,7 @@ def main() -> None:
         given.resume, given.out, mask=given.mask, num_samples=given.n_samples, seed=given.seed, steps=given.steps,
         gpus=given.gpus, guidance=given.guidance, sampler=given.sampler, covariates=given.covariate,
         picture=not given.no_pictures, gif=given.gif, like=given.like, int16=given.int16, label_map=given.label_map,
+        whole=given.whole, memory=given.memory,
     )  # fmt: skip
 
 

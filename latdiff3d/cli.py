@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+WHOLE_MEMORY = "6GB"  # for `sample --whole`
+
 
 class Stage(str, Enum):
     """What `latdiff3d train` trains."""
@@ -62,6 +64,8 @@ def sample(
     covariate: Annotated[list[str] | None, typer.Option(help="name=value, such as age=60; may be repeated")] = None,
     label_map: Annotated[str | None, typer.Option(help="file's label:model's label, such as 1:2,3:0")] = None,
     grid: Annotated[str, typer.Option(help="mask: the mask file's own grid; crop: the model's")] = "mask",
+    whole: Annotated[bool, typer.Option("--whole", help="volumes as large as their masks, by windows")] = False,
+    memory: Annotated[str | None, typer.Option(help="GB that --whole keeps to; default: 6GB")] = None,
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
     pictures: Annotated[bool, typer.Option(help="a PNG beside each case: three planes, the mask's outline")] = True,
     gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
@@ -72,7 +76,7 @@ def sample(
     run_sampling(
         model, out, mask=mask, data=data, split=split, num_samples=num_samples, seed=seed, steps=steps, grid=grid,
         gpus=gpus, guidance=guidance, sampler=sampler, settings=settings, covariates=covariate, picture=pictures,
-        gif=gif, like=like, int16=int16, label_map=label_map,
+        gif=gif, like=like, int16=int16, label_map=label_map, whole=whole, memory=memory,
     )  # fmt: skip
 
 
@@ -240,6 +244,8 @@ def run_sampling(
     split: str = "val",
     grid: str = "mask",
     settings: Sequence[str] | None = None,
+    whole: bool = False,
+    memory: str | None = None,
 ) -> None:
     """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
 
@@ -254,6 +260,7 @@ def run_sampling(
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
     from latdiff3d.layouts import scan_files
+    from latdiff3d.memory import gigabytes
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -261,10 +268,15 @@ def run_sampling(
         raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
+    if memory is not None and not whole:
+        raise InputError(f"--memory is {memory!r}, which only whole volumes keep to; add --whole, or leave it out.")
+    memory_gb = gigabytes(memory or WHOLE_MEMORY)
     given = parse_covariates(covariates or [])
     loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     if label_map is not None:
         loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
+    if whole:
+        loaded = loaded.for_whole_masks(memory_gb)
     if data is not None:
         cases = synthesis.cases_of_split(loaded, data, split)
         masks: list[Any] = [case["mask"] for case in cases]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from latdiff3d.devices import autocast
 from latdiff3d.distributed import sum_over_ranks
 from latdiff3d.errors import InputError
-from latdiff3d.memory import within_memory
+from latdiff3d.memory import Tiles, tiles_within, within_memory
 from latdiff3d.networks import downsampling
 from latdiff3d.norms import cut
 
@@ -98,16 +98,25 @@ class LatentCodec(nn.Module):
                 f"size is {list(size)}, the latents' {list(cells)}; expected 1 to {self.factor} voxels a cell."
             )
         raw = latents * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
-
-        def decode(window: torch.Tensor) -> tuple[torch.Tensor]:
-            with autocast(window.device, self.precision):
-                return (self.autoencoder.decode(window).float(),)
-
         if memory_gb is None:
-            (image,) = decode(raw)
+            (image,) = self._decoded(raw)
         else:
-            (image,) = within_memory(self.autoencoder, decode, raw, memory_gb, scale=self.factor)
+            (image,) = within_memory(self.autoencoder, self._decoded, raw, memory_gb, scale=self.factor)
         return cut(image, [slice(length) for length in size])
+
+    @torch.no_grad()
+    def decoding_tiles(self, cells: Sequence[int], memory_gb: float) -> Tiles | None:
+        """Return the tiles, in latent cells, by which `decode` would work on so many cells; None: at once.
+
+        Args:
+            cells: (d, h, w).
+            memory_gb: as for `encode`.
+
+        Raises:
+            InputError: for too little memory.
+        """
+        latents = self._per_channel(self.latent_mean).expand(1, -1, *cells)
+        return tiles_within(self.autoencoder, self._decoded, latents, memory_gb)
 
     def reconstruct(self, image: torch.Tensor, memory_gb: float | None = None) -> torch.Tensor:
         """Return the image that the posterior's mean decodes to, of the same size."""
@@ -173,6 +182,10 @@ class LatentCodec(nn.Module):
         scale = Fraction(1, self.factor)
         mean, std = within_memory(self.autoencoder, encode, padded, memory_gb, self.factor, scale, held)
         return mean, std
+
+    def _decoded(self, raw: torch.Tensor) -> tuple[torch.Tensor]:
+        with autocast(raw.device, self.precision):
+            return (self.autoencoder.decode(raw).float(),)
 
     def _per_channel(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(1, -1, 1, 1, 1)

@@ -1,6 +1,6 @@
 """The condition lives on the latent grid: a mask becomes one-hot, then fractions of each label per latent cell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from latdiff3d.covariates import MISSING
 from latdiff3d.errors import InputError
+from latdiff3d.norms import cut
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Condition:
         """Return the two, of one model, as one: `how` makes one tensor of theirs."""
         pairs = (self.grid, other.grid), (self.covariates, other.covariates)
         return Condition(*(None if a is None or b is None else how(a, b) for a, b in pairs))
+
+    def window(self, box: Sequence[slice]) -> "Condition":
+        """Return the part that is said of a box, slices of D, H and W on the latent grid."""
+        return Condition(None if self.grid is None else cut(self.grid, box), self.covariates)
 
     def to(self, device: torch.device) -> "Condition":
         """Return it on `device`."""
@@ -74,8 +79,10 @@ class MaskCondition:
         Raises:
             InputError: for a label outside 0 … K − 1.
         """
-        one_hot = rearrange(F.one_hot(self._labels(mask)[:, 0], self.num_classes), "b d h w k -> b k d h w").float()
-        return F.avg_pool3d(one_hot, self.factor)
+        labels = self._labels(mask)
+        # One label at a time: all of a whole volume's at once, in one_hot's int64, would take more than the rest.
+        shares = [F.avg_pool3d((labels == k).float(), self.factor) for k in range(self.num_classes)]
+        return torch.cat(shares, dim=1)
 
     def _labels(self, mask: torch.Tensor) -> torch.Tensor:
         labels = mask.long()
@@ -126,8 +133,10 @@ class PackedCondition(MaskCondition):
 
     def __call__(self, mask: torch.Tensor) -> torch.Tensor:
         """Return the one-hot mask (B, K · f³, D/f, H/f, W/f), the label outermost; see `MaskCondition.__call__`."""
-        one_hot = F.one_hot(self._labels(mask)[:, 0], self.num_classes).float()
-        return rearrange(one_hot, "b (d i) (h j) (w l) k -> b (k i j l) d h w", **dict.fromkeys("ijl", self.factor))
+        labels = self._labels(mask)
+        one_hot = torch.cat([labels == k for k in range(self.num_classes)], dim=1)  # (B, K, D, H, W), bool
+        packed = rearrange(one_hot, "b k (d i) (h j) (w l) -> b (k i j l) d h w", **dict.fromkeys("ijl", self.factor))
+        return packed.float()
 
 
 def dropped(condition: Condition, probability: float, null_value: float) -> Condition:

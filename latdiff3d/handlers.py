@@ -259,7 +259,7 @@ class TensorBoard:
         self.evaluator.add_event_handler(Events.COMPLETED, write_metrics)
 
 
-def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
+def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
     """Return a tqdm bar that redraws often on a terminal, every 20 s in a log file, and on the first rank alone."""
     interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(*args, mininterval=interval, dynamic_ncols=True, disable=rank() > 0, **kwargs)
+    return tqdm(*args, mininterval=interval, dynamic_ncols=True, disable=disable or rank() > 0, **kwargs)

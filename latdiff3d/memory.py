@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +22,18 @@ FARTHEST = 12  # in multiples; a network that sees farther is taken for one that
 HEADROOM = 1.15  # what the process holds, for what its tensors fill
 
 
+PROGRAM_GB = 1.0  # that Python, PyTorch and MONAI hold on a CPU before anything is done, rounded up
+COPIES = 5  # of a volume, that are held at once when it is brought to its mask's grid and written
+
+
+class Tiles(NamedTuple):
+    """How a volume is cut: tiles, what neighbours share, and the outer part of each that does not count, in voxels."""
+
+    tile: tuple[int, ...]
+    overlap: int
+    margin: int
+
+
 def gigabytes(text: str) -> float:
     """Return GB of "6", "6GB" or "0.5 GB".
 
@@ -31,6 +44,35 @@ def gigabytes(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
         raise InputError(f"memory is {text!r}; expected GB above 0, such as 6 or 6GB.")
     return float(number)
+
+
+def left_of(
+    memory_gb: float, device: torch.device, networks: Sequence[nn.Module], held_bytes: int, volume_bytes: int
+) -> float:
+    """Return how much of a budget for the whole process a last network's pass may take, its result included, in GB.
+
+    Counted, not read off the process, so that the same budget makes the same tiles, and the same voxels.
+
+    Args:
+        memory_gb: that the process may hold in all; on a GPU, that its tensors there may.
+        device: the networks'.
+        networks: whose weights are held.
+        held_bytes: what else is, at that time.
+        volume_bytes: of the result, which is copied when it is written.
+
+    Raises:
+        InputError: the budget is less than all that, or than what writing takes.
+    """
+    weights = sum(part.nbytes for network in networks for part in network.state_dict().values())
+    on_cpu = device.type == "cpu"
+    held_gb = (PROGRAM_GB if on_cpu else 0.0) + (weights + held_bytes) / 1e9
+    needed_gb = held_gb + (COPIES if on_cpu else 1) * volume_bytes / 1e9
+    if memory_gb < needed_gb:
+        raise InputError(
+            f"memory is {memory_gb:g} GB; the program, the model and this volume need {needed_gb:.1f}, and decoding "
+            "needs more. Give at least that."
+        )
+    return memory_gb - held_gb
 
 
 def within_memory(
@@ -57,15 +99,43 @@ def within_memory(
     Raises:
         InputError: less memory than the smallest tile needs.
     """
+    tiles = tiles_within(network, function, volume, memory_gb, multiple, held_bytes)
+    if tiles is None:
+        return function(volume)
+    if 2 * tiles.margin < tiles.overlap:
+        warnings.warn("the network sees farther than its tiles overlap; blended tiles approximate it.", stacklevel=2)
+    boxes = windows(volume.shape[2:], tiles.tile, tiles.overlap, multiple)
+    parts = [(cut(volume, window.box), window.own) for window in boxes]
+    with whole_volume_norms(network, function, parts) as normed:
+        return blended(normed, volume, *tiles, multiple, scale)
+
+
+def tiles_within(
+    network: nn.Module,
+    function: WindowFunction,
+    volume: torch.Tensor,
+    memory_gb: float,
+    multiple: int = 1,
+    held_bytes: int = 0,
+) -> Tiles | None:
+    """Return the tiles by which `within_memory` works; None where it works at once.
+
+    Args:
+        network, function, volume, memory_gb, multiple, held_bytes: see there. Of the volume a corner is looked at,
+            so that it may be an expanded tensor, which takes no memory.
+
+    Raises:
+        InputError: see there.
+    """
     size = volume.shape[2:]
-    corner = cut(volume, [slice(min(length, PROBE * multiple)) for length in size])
+    corner = cut(volume, [slice(min(length, PROBE * multiple)) for length in size]).contiguous()
     outputs: list[torch.Tensor] = []
     device = next((parameter.device for parameter in network.parameters()), volume.device)
     rise = peak_bytes(lambda: outputs.extend(function(corner)), device)
     share = corner[0, 0].numel() / math.prod(size)
     per_voxel = HEADROOM * rise / corner[0, 0].numel()
     if held_bytes + per_voxel * math.prod(size) <= memory_gb * 1e9:
-        return function(volume)
+        return None
     held = held_bytes + sum(4 * out.numel() for out in outputs) / share  # float32
     reach = sees(network, function, volume, multiple)
     margin = reach if reach < FARTHEST * multiple else reach // (2 * multiple) * multiple
@@ -77,11 +147,7 @@ def within_memory(
             f"memory_gb is {memory_gb:g}; the result for this volume and the smallest tile, "
             f"{' × '.join(map(str, smallest))}, need {needed:g}. Give at least that."
         )
-    if margin < reach:
-        warnings.warn("the network sees farther than its tiles overlap; blended tiles approximate it.", stacklevel=2)
-    parts = [(cut(volume, window.box), window.own) for window in windows(size, tile, 2 * reach, multiple)]
-    with whole_volume_norms(network, function, parts) as normed:
-        return blended(normed, volume, tile, 2 * reach, margin, multiple, scale)
+    return Tiles(tile, 2 * reach, margin)
 
 
 def sees(network: nn.Module, function: WindowFunction, volume: torch.Tensor, multiple: int = 1) -> int:

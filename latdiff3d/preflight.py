@@ -15,7 +15,7 @@ from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.readers import read_header, read_volume, shape_problem, size_text
 from latdiff3d.synthesis import Model
 from latdiff3d.training_masks import Measures, measured
-from latdiff3d.volumes import cut_around_labels, spacing_mm_of
+from latdiff3d.volumes import place_mask, spacing_mm_of
 
 # How far outside the training masks' range a mask may lie without a word: factors.
 SPACING_TOLERANCE = 1.1
@@ -179,7 +179,7 @@ def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measure
     """Say of each class what the model will not be shown, or has not seen."""
     condition = model.synthesizer.condition
     assert isinstance(condition, MaskCondition)
-    crop = cut_around_labels(path, whole, model.preprocessing, model.crop_to).mask
+    crop = place_mask(path, whole, model.preprocessing, model.crop_to, model.whole_cell).mask
     in_crop = measured(crop, model.num_classes).volume_mm3
     shares = MaskCondition(model.num_classes, condition.factor)(crop.as_tensor()[None])  # (1, K, D/f, H/f, W/f)
     largest = shares.amax((0, 2, 3, 4)).tolist()

@@ -144,6 +144,8 @@ def jobs_for(
         of_mask = {
             "Mask": mask and _described(mask),
             "Grid": "mask" if mask is not None and whole else "crop",
+            "Extent": "whole" if model.is_whole else "crop",
+            "MemoryGB": model.memory_gb,  # the tiles' sizes, by which voxels differ in their last digits
             "Covariates": model.covariates.values(numbers),
             "Warnings": warnings,
         }

@@ -1,5 +1,6 @@
 """Masks in, volumes out: a trained model's checkpoint becomes something that samples."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from latdiff3d.config import refuse_unknown_keys
 from latdiff3d.covariates import SPACING, Covariates
 from latdiff3d.devices import device
 from latdiff3d.errors import InputError
-from latdiff3d.networks import downsampling
+from latdiff3d.memory import left_of
 from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
 from latdiff3d.transforms import LoadVolumed
@@ -64,6 +65,8 @@ class Model:
         labels: that masks may hold, as in the files of the training set.
         training_masks: see `training_masks.summary`; None of a checkpoint of an earlier version, or without masks.
         label_map: what masks hold → one of `labels`; see `with_label_map`.
+        is_whole: volumes are as large as their masks; see `for_whole_masks`.
+        memory_gb: what is given for these; None: decoding is done at once.
     """
 
     path: Path
@@ -77,6 +80,8 @@ class Model:
     labels: list[int] = field(default_factory=list)
     training_masks: Mapping[str, Any] | None = None
     label_map: Mapping[int, int] = field(default_factory=dict)
+    is_whole: bool = False
+    memory_gb: float | None = None
 
     @classmethod
     def load(
@@ -164,6 +169,11 @@ class Model:
         return self.config.get()["spacing"] is not None
 
     @property
+    def whole_cell(self) -> int | None:
+        """Return the voxels along a latent cell's edge for whole masks, None for crops; see `volumes.place_mask`."""
+        return self.synthesizer.codec.factor if self.is_whole else None
+
+    @property
     def num_classes(self) -> int:
         """Return K: masks on the model's grid hold 0 … K − 1."""
         condition = self.synthesizer.condition
@@ -198,6 +208,23 @@ class Model:
         relabel = MapLabelValued("mask", list(label_map), list(label_map.values()), allow_missing_keys=True)
         return replace(self, preprocessing=Compose([load, relabel, *others]), label_map=dict(label_map))
 
+    def for_whole_masks(self, memory_gb: float | None = None) -> "Model":
+        """Return the same model for volumes as large as their masks, not the training crop around the labels.
+
+        Latents are denoised by windows of the crop's size, see `latent_windows`, and decoded by tiles, see
+        `LatentCodec.decode`. A mask that is no larger than the crop makes the volume that it makes without.
+
+        Args:
+            memory_gb: that the process may hold in all, or on a GPU its tensors there, in GB of 1e9 bytes, see
+                `memory.left_of`; None: decode at once.
+
+        Raises:
+            InputError: for a model without masks.
+        """
+        if not self.is_conditional:
+            raise InputError(f"{self.path} is an unconditional model, and no mask says how large a volume is whole.")
+        return replace(self, is_whole=True, memory_gb=memory_gb)
+
     def require_mask(self, mask: str | Path | None) -> None:
         """Refuse a mask for an unconditional model, and None for another, with an InputError."""
         if (mask is None) == self.is_conditional:
@@ -214,7 +241,7 @@ class Model:
             InputError: a mask for an unconditional model or none for a conditional one, or a mask it cannot read.
         """
         self.require_mask(mask)
-        return None if mask is None else mask_on_model_grid(mask, self.preprocessing, self.crop_to)
+        return None if mask is None else mask_on_model_grid(mask, self.preprocessing, self.crop_to, self.whole_cell)
 
     def numbers_of(self, known: Mapping[str, Any], grid: ModelGrid | None) -> torch.Tensor:
         """Return covariates by name as numbers (N,), NaN where nothing is known; the spacing is that of the volume.
@@ -230,30 +257,57 @@ class Model:
         spacing_mm = np.linalg.norm(np.asarray(grid.mask.affine)[:3, :3], axis=0).tolist()
         return self.covariates.numbers({**known, SPACING: spacing_mm}, "--covariate")
 
-    def sample(self, mask: str | Path | None, seed: int, known: Mapping[str, Any] | None = None) -> Sample:
+    def sample(
+        self,
+        mask: str | Path | None,
+        seed: int,
+        known: Mapping[str, Any] | None = None,
+        whole: bool = False,
+        memory_gb: float | None = None,
+    ) -> Sample:
         """Return a synthetic volume, which depends on `seed`, `mask` and `known` alone.
 
         Args:
             mask: its file; None for a model without masks.
             seed: of the noise.
             known: covariates by name, as numbers, classes, or text of either; those left out are not known.
+            whole, memory_gb: see `for_whole_masks`.
 
         Raises:
-            InputError: see `grid_of` and `numbers_of`.
+            InputError: see `grid_of`, `numbers_of` and `for_whole_masks`, or too little memory.
         """
+        if whole:
+            return self.for_whole_masks(memory_gb).sample(mask, seed, known)
+        if memory_gb is not None:
+            raise InputError(f"memory_gb is {memory_gb:g}, which only whole volumes keep to; add whole=True.")
         grid = self.grid_of(mask)
         numbers = self.numbers_of(known or {}, grid)
         said = self.covariates.values(numbers)
         covariates = numbers[None] if len(self.covariates) else None
-        factor = downsampling(self.synthesizer.codec.autoencoder)
-        shape = (len(self.synthesizer.codec.latent_mean), *(size // factor for size in self.crop_to))
+        factor = self.synthesizer.codec.factor
+        num_channels = len(self.synthesizer.codec.latent_mean)
+        window = [size // factor for size in self.crop_to]
+        shape = (num_channels, *window)
         if grid is None:
             volume = self.synthesizer.sample(shape, Condition(None, covariates), [seed])[0]
             affine = centred_affine(self.crop_to, said.get(SPACING) or self.spacing_mm)
             return Sample(volume.cpu(), affine, None, said)
         condition = Condition(self.synthesizer.condition(grid.mask.as_tensor()[None]), covariates)
-        volume = self.synthesizer.sample(shape, condition, [seed])[0]
+        if self.is_whole:
+            shape = (num_channels, *(size // factor for size in grid.mask.shape[1:]))
+            left_gb = None if self.memory_gb is None else self._left_gb(grid, condition)
+            volume = self.synthesizer.sample(shape, condition, [seed], window, left_gb)[0]
+        else:
+            volume = self.synthesizer.sample(shape, condition, [seed])[0]
         return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid, said)
+
+    def _left_gb(self, grid: ModelGrid, condition: Condition) -> float:
+        """Return what of `memory_gb` is left for decoding."""
+        synthesizer = self.synthesizer
+        held = [grid.mask.nbytes, *(part.nbytes for part in (condition.grid, condition.covariates) if part is not None)]
+        volume_bytes = 4 * len(self.modalities) * math.prod(grid.mask.shape)
+        networks = [synthesizer.denoiser, synthesizer.codec]
+        return left_of(self.memory_gb or 0, synthesizer.device, networks, sum(held), volume_bytes)
 
 
 def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[dict[str, Any]]:

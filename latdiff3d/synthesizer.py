@@ -1,5 +1,6 @@
 """Noise and condition → volumes: denoiser, codec and sampler put together, in previews of training and in sampling."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import Condition, MaskCondition, NoCondition
 from latdiff3d.devices import autocast
 from latdiff3d.guidance import Guidance
+from latdiff3d.handlers import progress_bar
+from latdiff3d.latent_windows import LatentWindows
 from latdiff3d.noise_schedules import schedule_of
 from latdiff3d.objectives import Objective, check_objective
 from latdiff3d.training import latent_batch, predicted
@@ -61,19 +64,42 @@ class Synthesizer:
         mean, _, condition = latent_batch(batch, self.codec, self.condition, self.device)
         return self.sample(mean.shape[1:], condition, [seed] * len(mean))
 
+    @property
+    def num_calls(self) -> int:
+        """Return how often the sampler asks for a prediction."""
+        return 2 * self.num_steps - 1 if self.sampler == "heun" else self.num_steps
+
     @torch.no_grad()
-    def sample(self, shape: Sequence[int], condition: Condition, seeds: Sequence[int]) -> torch.Tensor:
+    def sample(
+        self,
+        shape: Sequence[int],
+        condition: Condition,
+        seeds: Sequence[int],
+        window: Sequence[int] | None = None,
+        memory_gb: float | None = None,
+    ) -> torch.Tensor:
         """Return one volume a seed, (B, C, D, H, W) in [0, 1].
 
         Args:
             shape: of one volume's latents, (C', D/f, H/f, W/f).
             condition: of B volumes, on any device; an unconditional model's is empty.
             seeds: one a volume; its noise depends on it alone.
+            window: (d, h, w), at most the latents': larger ones are denoised by windows of that size, see
+                `latent_windows`, with a progress bar; None: at once.
+            memory_gb: for decoding, see `LatentCodec.decode`.
+
+        Raises:
+            InputError: too little memory for decoding, before anything is denoised.
         """
+        size = tuple(shape[1:])
+        windows = None if window is None or tuple(window) == size else LatentWindows(size, tuple(window))
+        if memory_gb is not None:
+            self.codec.decoding_tiles(size, memory_gb)
         self.denoiser.eval()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
         condition = condition.to(self.device)
+        calls = itertools.count()
 
         def split(z: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
             def predict(noisy: torch.Tensor, given: Condition) -> torch.Tensor:
@@ -82,7 +108,17 @@ class Synthesizer:
                     return predicted(self.denoiser, noisy, timesteps, given).float()
 
             alpha, sigma = (level.to(z) for level in self.schedule.alpha_sigma(torch.tensor(t, device=z.device)))
-            return self.objective.split(self.guidance(predict, z, condition, sigma.item()), z, alpha, sigma)
 
-        latents = self.solve(split, noise.to(self.device), self.times, self.schedule, generators=generators)
-        return self.codec.decode(latents).clamp(0, 1)
+            def guided(noisy: torch.Tensor, given: Condition) -> torch.Tensor:
+                return self.guidance(predict, noisy, given, sigma.item())
+
+            if windows is None:
+                prediction = guided(z, condition)
+            else:
+                prediction = windows.prediction(guided, z, condition, next(calls), bar.update)
+            return self.objective.split(prediction, z, alpha, sigma)
+
+        number = 0 if windows is None else windows.number(self.num_calls)
+        with progress_bar(total=number, desc="denoising", unit="window", leave=False, disable=not number) as bar:
+            latents = self.solve(split, noise.to(self.device), self.times, self.schedule, generators=generators)
+        return self.codec.decode(latents, memory_gb=memory_gb).clamp(0, 1)

@@ -7,13 +7,16 @@ one at the end is all there is. Nor can it show a network's GroupNorms the whole
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 
 from latdiff3d.norms import WindowFunction, cut, scaled
+
+# A box, as slices → tensors (B, C', …) of what lies in it
+BoxFunction = Callable[[tuple[slice, ...]], Sequence[torch.Tensor]]
 
 
 class Window(NamedTuple):
@@ -38,6 +41,25 @@ def windows(size: Sequence[int], tile: Sequence[int], overlap: int, multiple: in
     per_axis = _per_axis(size, tile, overlap, multiple)
     owned = [_owned(axis, multiple) for axis in per_axis]
     return [Window(_at(per_axis, place), _at(owned, place)) for place in _places(per_axis)]
+
+
+def along(length: int, tile: int, overlap: int, multiple: int = 1, shift: float = 0.0) -> list[slice]:
+    """Return one axis' windows, evenly spread from end to end.
+
+    Args:
+        length, tile, overlap, multiple: see `windows`.
+        shift: by what share of their distance all are moved down, 0 … 1; one more joins them at the upper end. Those
+            that would leave the axis begin or end with it.
+    """
+    if tile >= length:
+        return [slice(0, length)]
+    assert 0 <= overlap < tile and not any(n % multiple for n in (length, tile, overlap))
+    room = (length - tile) // multiple
+    steps = math.ceil((length - tile) / (tile - overlap))
+    starts = [room * i // steps for i in range(steps + 1)]
+    if moved := round(shift * room / steps):
+        starts = sorted({min(max(0, start - moved), room) for start in [*starts, room + moved]})
+    return [slice(start * multiple, start * multiple + tile) for start in starts]
 
 
 def blended(
@@ -72,14 +94,32 @@ def blended(
     """
     assert 2 * margin <= overlap
     per_axis = _per_axis(volume.shape[2:], tile, overlap, multiple)
+    return blended_boxes(lambda box: function(cut(volume, box)), per_axis, volume.device, margin, scale)
+
+
+def blended_boxes(
+    function: BoxFunction,
+    per_axis: Sequence[Sequence[slice]],
+    device: torch.device,
+    margin: int = 0,
+    scale: Fraction | int = 1,
+) -> tuple[torch.Tensor, ...]:
+    """Return what `function` gives for boxes, blended as `blended` does, where it takes more than a volume's part.
+
+    Args:
+        function: of a box; gives tensors (B, C', d·scale, h·scale, w·scale).
+        per_axis: of each axis the windows, see `along`; the boxes are all their combinations.
+        device: of the result.
+        margin, scale: see `blended`.
+    """
     targets = [[scaled(window, scale) for window in axis] for axis in per_axis]
-    ramps = [_ramps(axis, int(margin * scale)).to(volume.device) for axis in targets]
+    ramps = [_ramps(axis, int(margin * scale)).to(device) for axis in targets]
     results: tuple[torch.Tensor, ...] = ()
     for place in _places(per_axis):
-        outputs = function(cut(volume, _at(per_axis, place)))
+        outputs = function(_at(per_axis, place))
         if not results:
             size = [axis[-1].stop for axis in targets]
-            results = tuple(volume.new_zeros(*out.shape[:2], *size, dtype=torch.float32) for out in outputs)
+            results = tuple(out.new_zeros(*out.shape[:2], *size, dtype=torch.float32, device=device) for out in outputs)
         target = _at(targets, place)
         d, h, w = (ramp[i, part] for ramp, i, part in zip(ramps, place, target, strict=True))
         weight = d[:, None, None] * h[:, None] * w  # (d, h, w) of the result
@@ -96,7 +136,7 @@ def tile_within(max_voxels: float, size: Sequence[int], overlap: int, multiple: 
         size, overlap, multiple: see `windows`.
     """
     counts = [
-        {tile: len(_along(length, tile, overlap, multiple)) for tile in _tiles(length, overlap, multiple)}
+        {tile: len(along(length, tile, overlap, multiple)) for tile in _tiles(length, overlap, multiple)}
         for length in size
     ]
     total_of = {}
@@ -112,16 +152,7 @@ def smallest_tile(size: Sequence[int], overlap: int, multiple: int = 1) -> tuple
 
 
 def _per_axis(size: Sequence[int], tile: Sequence[int], overlap: int, multiple: int) -> list[list[slice]]:
-    return [_along(length, part, overlap, multiple) for length, part in zip(size, tile, strict=True)]
-
-
-def _along(length: int, tile: int, overlap: int, multiple: int) -> list[slice]:
-    if tile >= length:
-        return [slice(0, length)]
-    assert 0 <= overlap < tile and not any(n % multiple for n in (length, tile, overlap))
-    steps = math.ceil((length - tile) / (tile - overlap))
-    starts = [(length - tile) // multiple * i // steps * multiple for i in range(steps + 1)]
-    return [slice(start, start + tile) for start in starts]
+    return [along(length, part, overlap, multiple) for length, part in zip(size, tile, strict=True)]
 
 
 def _owned(axis: Sequence[slice], multiple: int) -> list[slice]:

@@ -26,7 +26,8 @@ class ModelGrid:
 
     Attributes:
         path: of the mask's file.
-        mask: (1, D, H, W), of the model's crop size, mapped labels, RAS, padded with background where the volume ends.
+        mask: (1, D, H, W), of the model's crop size or larger, mapped labels, RAS, padded with background where the
+            volume ends.
     """
 
     path: str
@@ -43,19 +44,34 @@ class ModelGrid:
         return np.asarray(self.preprocessing.inverse({"mask": placed})["mask"], dtype=np.float32)
 
 
-def mask_on_model_grid(path: str | Path, preprocessing: Compose, crop_to: Sequence[int]) -> ModelGrid:
-    """Load a mask and cut the crop around its labelled voxels' centre, or around its middle where it is empty.
+def mask_on_model_grid(
+    path: str | Path, preprocessing: Compose, crop_to: Sequence[int], cell: int | None = None
+) -> ModelGrid:
+    """Load a mask and place it on the model's grid, see `place_mask`.
 
     Args:
         path: any that `readers` read, of any orientation.
         preprocessing: the model's, which takes a mask alone as well.
-        crop_to: (D, H, W).
+        crop_to, cell: see `place_mask`.
     """
-    return cut_around_labels(path, preprocessing({"mask": str(path)})["mask"], preprocessing, crop_to)
+    return place_mask(path, preprocessing({"mask": str(path)})["mask"], preprocessing, crop_to, cell)
 
 
-def cut_around_labels(path: str | Path, mask: MetaTensor, preprocessing: Compose, crop_to: Sequence[int]) -> ModelGrid:
-    """Cut the crop of `mask_on_model_grid` out of a mask (1, D, H, W) that `preprocessing` has made of `path`."""
+def place_mask(
+    path: str | Path, mask: MetaTensor, preprocessing: Compose, crop_to: Sequence[int], cell: int | None = None
+) -> ModelGrid:
+    """Cut the crop around a mask's labelled voxels' centre, or around its middle where it is empty; or keep it whole.
+
+    Args:
+        path: its file.
+        mask: (1, D, H, W), which `preprocessing` has made of that.
+        crop_to: (D, H, W); smaller masks are padded to it.
+        cell: None for the crop; else nothing is cut, but padded to whole latent cells of so many voxels along an edge.
+    """
+    if cell is not None:
+        whole = [max(-(-n // cell) * cell, least) for n, least in zip(mask.shape[1:], crop_to, strict=True)]
+        pad, crop = SpatialPad(spatial_size=whole), SpatialCrop(roi_start=[0, 0, 0], roi_end=whole)
+        return ModelGrid(str(path), convert_to_tensor(crop(pad(mask)), track_meta=True), preprocessing, pad, crop)
     pad = SpatialPad(spatial_size=crop_to)
     padded = pad(mask)
     start, end = generate_spatial_bounding_box(padded, allow_smaller=True)

@@ -19,7 +19,7 @@ FLOORS = [
     {"checkpointing"},
     {"segmentation", "quality", "synthesizer", "planning"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},
-    {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
+    {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries", "latent_windows"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance", "pictures", "tensor_networks"},

@@ -91,3 +91,12 @@ def test_configuration_is_counted_and_links_count_where_they_lead(tmp_path):
     (configs / "c.yaml").symlink_to("a.yaml")
     figures = last_line(run_process("benchmarks/configuration.py", configs))
     assert list(figures["one"].values()) == [2, 7, 2, 1, 12, 1]
+
+
+def test_a_whole_volume_is_made_in_a_process_of_its_own_and_its_borders_looked_at(tiny_runs):
+    words = ("--run", tiny_runs.diffusion, "--data", tiny_runs.data, "--size", "40", "24", "31", "--steps", "2")
+    ended = run_process("benchmarks/whole_volume.py", *words, "--memory", "4GB", "--compare")
+    figures = last_line(ended)
+    assert 0 < figures["peak_gb"] < 4 and figures["seam_ratio"] > 0 and figures["minutes"] > 0
+    assert len(figures["by_call"]) == 2 and figures["tiles"] is None and figures["size"] == [40, 24, 31]
+    assert list(figures["arms"])[:2] == ["ours", "side by side"]

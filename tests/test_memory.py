@@ -10,7 +10,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import nn
 
 from latdiff3d.errors import InputError
-from latdiff3d.memory import FARTHEST, gigabytes, peak_bytes, sees, within_memory
+from latdiff3d.memory import FARTHEST, PROGRAM_GB, gigabytes, left_of, peak_bytes, sees, tiles_within, within_memory
 
 CPU = torch.device("cpu")
 
@@ -115,6 +115,17 @@ def test_the_memory_given_is_kept_to(convolutions):
     assert peak_bytes(lambda: Recorded(convolutions)(tile), CPU) + volume.nbytes <= allowed
 
 
+def test_the_tiles_are_known_before_without_a_volume(convolutions):
+    volume = volume_of(24, 24, 48)
+    at_once = peak_bytes(lambda: Recorded(convolutions)(volume), CPU) / 1e9
+    of_its_size = torch.zeros(1, 1, 1, 1, 1).expand(1, 1, 24, 24, 48)
+    assert tiles_within(convolutions, Recorded(convolutions), of_its_size, 2 * at_once) is None
+    tiles = tiles_within(convolutions, Recorded(convolutions), of_its_size, 0.5 * at_once)
+    function = Recorded(convolutions)
+    within_memory(convolutions, function, volume, 0.5 * at_once)
+    assert function.sizes[-1] == tiles.tile and tiles.overlap == 2 * tiles.margin
+
+
 def test_what_is_held_already_counts_in(convolutions):
     volume = volume_of(24, 24, 24)
     at_once = peak_bytes(lambda: Recorded(convolutions)(volume), CPU)
@@ -177,6 +188,15 @@ def test_a_network_with_attention_is_told_to_be_approximated():
     with pytest.warns(UserWarning, match="sees farther"):
         (result,) = within_memory(network, function, volume, 0.7 * at_once / 1e9)
     assert (result - function(volume)[0]).abs().max() < 0.1
+
+
+def test_what_is_left_of_a_budget_is_counted():
+    network = nn.Linear(1000, 1000)  # 4.004 MB
+    left = left_of(6, CPU, [network, network], held_bytes=2_000_000, volume_bytes=100_000_000)
+    assert left == pytest.approx(6 - PROGRAM_GB - 0.010008)
+    assert left_of(1, torch.device("cuda"), [network], 0, 100_000_000) == pytest.approx(1 - 0.004004)
+    with pytest.raises(InputError, match=r"memory is 1 GB; the program, the model and this volume need 1\.5"):
+        left_of(1, CPU, [network], held_bytes=0, volume_bytes=100_000_000)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("6", 6), ("6GB", 6), ("0.5 gb", 0.5)])

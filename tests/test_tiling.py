@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from latdiff3d.tiling import blended, smallest_tile, tile_within, windows
+from latdiff3d.tiling import along, blended, blended_boxes, smallest_tile, tile_within, windows
 
 
 def random_volume(*size, channels=2):
@@ -58,6 +58,20 @@ def test_every_voxel_is_some_windows_own_and_no_others(tile, overlap, multiple):
         # As deep as half the overlap, unless the volume ends there.
         assert all(part.start >= overlap // 2 // multiple * multiple or at.start == 0 for part, at, _ in inner)
     assert torch.equal(count, torch.ones_like(count))
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap", "multiple"), [(60, 16, 4, 1), (44, 20, 8, 4), (17, 9, 3, 1)])
+def test_shifted_windows_cover_the_axis_end_with_it_and_keep_their_overlap(length, tile, overlap, multiple):
+    still = along(length, tile, overlap, multiple)
+    starts = set()
+    for shift in (0.0, 0.2, 0.5, 0.8, 0.99):
+        axis = along(length, tile, overlap, multiple, shift)
+        assert axis[0].start == 0 and axis[-1].stop == length and len(axis) <= len(still) + 1
+        assert all(part.stop - part.start == tile and part.start % multiple == 0 for part in axis)
+        assert all(left.stop - right.start >= overlap for left, right in itertools.pairwise(axis))
+        starts.add(tuple(part.start for part in axis))
+    assert len(starts) > 1
+    assert along(length, length + 1, overlap, multiple, 0.5) == [slice(0, length)]
 
 
 # blended
@@ -116,6 +130,14 @@ def test_moments_are_blended_and_nothing_is_drawn():
     assert torch.allclose(mean, volume.mean(1, keepdim=True), atol=1e-6)
     assert torch.allclose(std, torch.full_like(std, 0.3), atol=1e-6)  # two draws would average to 0.3 / √2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_where_three_windows_meet_weights_still_sum_to_one():
+    axis = [slice(0, 8), slice(1, 9), slice(4, 12), slice(6, 14)]
+    (result,) = blended_boxes(
+        lambda box: (torch.ones(1, 1, 1, 1, 8),), [[slice(0, 1)]] * 2 + [axis], torch.device("cpu")
+    )
+    assert torch.allclose(result, torch.ones(1, 1, 1, 1, 14), atol=1e-6)
 
 
 # tile_within
