@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from latdiff3d import samplers
+from latdiff3d.blending import Known
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import Condition, MaskCondition, NoCondition
 from latdiff3d.devices import autocast
@@ -62,13 +63,16 @@ class Synthesizer:
         return self.sample(mean.shape[1:], condition, [seed] * len(mean))
 
     @torch.no_grad()
-    def sample(self, shape: Sequence[int], condition: Condition, seeds: Sequence[int]) -> torch.Tensor:
+    def sample(
+        self, shape: Sequence[int], condition: Condition, seeds: Sequence[int], known: Known | None = None
+    ) -> torch.Tensor:
         """Return one volume a seed, (B, C, D, H, W) in [0, 1].
 
         Args:
             shape: of one volume's latents, (C', D/f, H/f, W/f).
             condition: of B volumes, on any device; an unconditional model's is empty.
             seeds: one a volume; its noise depends on it alone.
+            known: latents of which only the free cells are sampled; all where None.
         """
         self.denoiser.eval()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -84,5 +88,7 @@ class Synthesizer:
             alpha, sigma = (level.to(z) for level in self.schedule.alpha_sigma(torch.tensor(t, device=z.device)))
             return self.objective.split(self.guidance(predict, z, condition, sigma.item()), z, alpha, sigma)
 
-        latents = self.solve(split, noise.to(self.device), self.times, self.schedule, generators=generators)
+        noise = noise.to(self.device)
+        blend = split if known is None else known.blended(split, noise, self.schedule)
+        latents = self.solve(blend, noise, self.times, self.schedule, generators=generators)
         return self.codec.decode(latents).clamp(0, 1)

@@ -21,7 +21,7 @@ FLOORS = [
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
-    | {"fingerprints", "guidance", "pictures"},
+    | {"fingerprints", "guidance", "pictures", "blending"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
@@ -29,7 +29,7 @@ FLOORS = [
     | {"coarse_masks", "updates", "training_masks"},
     {"volumes"},
     {"intensities"},
-    {"transforms", "doctor", "pretrained", "tiling"},
+    {"transforms", "doctor", "pretrained", "tiling", "stored_scans"},
     {"skipping", "provenance"},
     {"checks", "norms", "batches", "loading"},
     {"readers"},
@@ -37,7 +37,7 @@ FLOORS = [
     {"layouts", "phantoms"},
     {"dicom_masks"},
     {"devices", "distributed", "compilation", "checkpoints"},
-    {"errors"},
+    {"errors", "membrane", "scan_noise"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")
