@@ -17,7 +17,9 @@ from latdiff3d.conditioning import Condition, MaskCondition
 from latdiff3d.config import refuse_unknown_keys
 from latdiff3d.covariates import SPACING, Covariates
 from latdiff3d.devices import device
+from latdiff3d.editing import Edit, Site, site_of
 from latdiff3d.errors import InputError
+from latdiff3d.layouts import scan_files
 from latdiff3d.networks import downsampling
 from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
@@ -254,6 +256,45 @@ class Model:
         condition = Condition(self.synthesizer.condition(grid.mask.as_tensor()[None]), covariates)
         volume = self.synthesizer.sample(shape, condition, [seed])[0]
         return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid, said)
+
+    def site_of(self, scan: str | Path, mask: str | Path, region: str | Path | None = None) -> Site:
+        """Return a scan, the mask drawn for it and the region to make anew, read and found sound; see `edit`."""
+        self.require_mask(mask)
+        factor = downsampling(self.synthesizer.codec.autoencoder)
+        files = scan_files(scan, self.modalities)
+        return site_of(files, mask, region, self.preprocessing, self.crop_to, factor, self.label_map)
+
+    def edit(
+        self,
+        scan: str | Path,
+        mask: str | Path,
+        region: str | Path | None = None,
+        seed: int = 0,
+        known: Mapping[str, Any] | None = None,
+        noise: bool = True,
+    ) -> Edit:
+        """Return a real scan whose region shows what a mask has drawn there; all other voxels are the scan's own.
+
+        Args:
+            scan: all modalities of it, see `layouts.scan_files`.
+            mask, region: their files, see `editing.site_of`.
+            seed: of the noise.
+            known: covariates by name, see `sample`.
+            noise: lay noise as strong as the scan's over the region; an autoencoder keeps hardly any.
+
+        Raises:
+            InputError: an unconditional model, a scan that is not whole, or see `editing.site_of` and `numbers_of`.
+        """
+        return self.edit_site(self.site_of(scan, mask, region), seed, known, noise)
+
+    def edit_site(self, site: Site, seed: int, known: Mapping[str, Any] | None = None, noise: bool = True) -> Edit:
+        """Return an edit of what `site_of` has read; see `edit`."""
+        numbers = self.numbers_of(known or {}, site.grid)
+        grid = self.synthesizer.condition(site.grid.mask.as_tensor()[None])
+        condition = Condition(grid, numbers[None] if len(self.covariates) else None)
+        latents = site.known(self.synthesizer.codec)
+        decoded = self.synthesizer.sample(latents.latents.shape[1:], condition, [seed], latents)[0].cpu()
+        return Edit(site, site.filled(decoded, seed if noise else None), decoded)
 
 
 def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"demo"},
+    {"demo", "edit_folders"},
     {"sample_folders"},
     {"preflight"},
     {"synthesis", "runs", "reconstruction"},
     {"checkpointing"},
-    {"segmentation", "quality", "synthesizer", "planning"},
+    {"segmentation", "quality", "synthesizer", "planning", "editing"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption", "tracking"},
