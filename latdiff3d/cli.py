@@ -67,7 +67,7 @@ def sample(
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
     pictures: Annotated[bool, typer.Option(help="a PNG beside each case: three planes, the mask's outline")] = True,
     gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
-    like: Annotated[str | None, typer.Option(help="a scan whose range of intensities to take; default: 0 to 1")] = None,
+    like: Annotated[str | None, typer.Option(help="a scan whose range to take, or training; default: 0 to 1")] = None,
     int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,
 ) -> None:
     """Make synthetic volumes that lie on masks; what is there is kept. Exit code 3: some masks could not be used."""
@@ -240,6 +240,7 @@ def run_sampling(
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
     from latdiff3d.layouts import scan_files
+    from latdiff3d.training_intensities import training_reference
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -257,7 +258,11 @@ def run_sampling(
     else:
         masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    scan = intensities.reference(scan_files(like, loaded.modalities), loaded.preprocessing) if like else None
+    scan = None
+    if like == "training":
+        scan = training_reference(loaded.training_intensities, loaded.path)
+    elif like:
+        scan = intensities.reference(scan_files(like, loaded.modalities), loaded.preprocessing)
     writing = sample_folders.Writing(picture, gif, scan, int16)
     jobs, refused = sample_folders.jobs_for(loaded, masks, num_samples, seed, grid == "mask", known, writing)
     if len(masks) == len(refused) == 1:

@@ -27,7 +27,7 @@ class Writing(NamedTuple):
 
     Attributes:
         picture, gif: which pictures of each, see `pictures.write_pictures`.
-        like: a scan to whose range intensities are mapped; [0, 1] where there is none.
+        like: a scan, or the training scans, to whose range intensities are mapped; [0, 1] where there is none.
         int16: see `volumes.write_marked`.
     """
 
@@ -38,7 +38,7 @@ class Writing(NamedTuple):
 
     def said(self, modalities: Sequence[str]) -> dict[str, Any]:
         """Return what a sidecar says of the numbers in the files."""
-        units = "normalised intensity, 0 to 1" if self.like is None else "those of the scan in Like"
+        units = "normalised intensity, 0 to 1" if self.like is None else self.like.units
         mapped = {} if self.like is None else self.like.said(modalities)
         return {"Units": units, "DataType": "int16" if self.int16 else "float32", **mapped}
 

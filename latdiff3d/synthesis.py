@@ -65,6 +65,7 @@ class Model:
         config: its configuration, to read further settings from.
         labels: that masks may hold, as in the files of the training set.
         training_masks: see `training_masks.summary`; None of a checkpoint of an earlier version, or without masks.
+        training_intensities: see `training_intensities.summary`; None of a checkpoint of an earlier version.
         label_map: what masks hold → one of `labels`; see `with_label_map`.
     """
 
@@ -78,6 +79,7 @@ class Model:
     covariates: Covariates
     labels: list[int] = field(default_factory=list)
     training_masks: Mapping[str, Any] | None = None
+    training_intensities: Mapping[str, Any] | None = None
     label_map: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
@@ -153,6 +155,7 @@ class Model:
             parser.get_parsed_content("known_covariates") if "covariates" in parser.get() else Covariates(),
             list(parser["labels"]),
             content["notes"].get("masks"),
+            content["notes"].get("intensities"),
         )
 
     @property

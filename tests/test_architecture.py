@@ -26,7 +26,7 @@ FLOORS = [
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
-    | {"coarse_masks", "updates", "training_masks"},
+    | {"coarse_masks", "updates", "training_masks", "training_intensities"},
     {"volumes"},
     {"intensities"},
     {"transforms", "doctor", "pretrained", "tiling", "stored_scans"},
