@@ -7,6 +7,8 @@ import pytest
 import yaml
 from conftest import TINY, TINY_AUTOENCODER, run_process
 
+from latdiff3d.phantoms import write_phantoms
+
 
 def last_line(ended):
     assert ended.code == 0, ended.err
@@ -81,3 +83,16 @@ def test_guidance_is_swept_before_the_judge_and_beside_painted_masks(tiny_runs, 
     assert {"mask_fidelity", "spectrum_ratio", "mmd", "mmd_painted"} <= set(figures)
     assert figures["painted"]["dice"] > 0 and "real volumes: Dice" in ended.out
     assert (run / "guidance.png").stat().st_size > 5000
+
+
+def test_edits_are_measured_outside_at_the_border_and_by_the_judge(tiny_runs, tmp_path):
+    overlay, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    overlay.write_text(yaml.safe_dump(TINY_AUTOENCODER))
+    shutil.copytree(tiny_runs.diffusion, run)
+    data = write_phantoms(tmp_path / "data", 2, 4, (24, 28, 24), spacing_mm=6)
+    words = ("--data", data, "--config", overlay, "--run", run, "--segmenter", tmp_path / "judge", "--short")
+    figures = last_line(run_process("benchmarks/edit.py", *words))
+    assert figures["outside_identical"] == 1 and figures["num_edits"] >= 1
+    assert 0 < figures["border_gradient_ratio"] < figures["border_gradient_ratio_pasted"]
+    assert {"segmenter_dice", "segmenter_dice_before", "segmenter_dice_real", "lesions_found"} <= set(figures)
+    assert list((run / "edited").glob("*/*.png"))
