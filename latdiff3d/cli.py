@@ -69,7 +69,7 @@ def sample(
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
     pictures: Annotated[bool, typer.Option(help="a PNG beside each case: three planes, the mask's outline")] = True,
     gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
-    like: Annotated[str | None, typer.Option(help="a scan whose range of intensities to take; default: 0 to 1")] = None,
+    like: Annotated[str | None, typer.Option(help="a scan whose range to take, or training; default: 0 to 1")] = None,
     int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,
 ) -> None:
     """Make synthetic volumes that lie on masks; what is there is kept. Exit code 3: some masks could not be used."""
@@ -78,6 +78,49 @@ def sample(
         gpus=gpus, guidance=guidance, sampler=sampler, settings=settings, covariates=covariate, picture=pictures,
         gif=gif, like=like, int16=int16, label_map=label_map, whole=whole, memory=memory,
     )  # fmt: skip
+
+
+@app.command()
+def edit(
+    model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of stage 2, or its run's folder")],
+    image: Annotated[str, typer.Option(help="the scan: a file, files joined by commas, or a folder")],
+    mask: Annotated[Path, typer.Option(help="labels on the scan's grid, with what is to be there drawn in")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as guidance_interval=[0,0.8]")] = None,
+    region: Annotated[Path | None, typer.Option(help="above 0 where to edit; default: around the labels")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the volumes")] = Path("edited"),
+    num_samples: Annotated[int, typer.Option("-n", help="edits, from one seed after another")] = 1,
+    seed: Annotated[int, typer.Option(help="of the first edit's noise")] = 0,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpm_solver++, euler or heun")] = None,
+    steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="how hard the mask pulls; default: the config's")] = None,
+    covariate: Annotated[list[str] | None, typer.Option(help="name=value, such as age=60; may be repeated")] = None,
+    label_map: Annotated[str | None, typer.Option(help="file's label:model's label, such as 1:2,3:0")] = None,
+    noise: Annotated[bool, typer.Option(help="lay noise as strong as the scan's over what is made")] = True,
+    gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+    pictures: Annotated[bool, typer.Option(help="a PNG of each: the scan and the edit, the mask's outline")] = True,
+    gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
+) -> None:
+    """Draw a lesion into a real scan: its region is made anew, every voxel outside stays as it is in the file."""
+    import latdiff3d
+    from latdiff3d import edit_folders, preflight, sample_folders
+    from latdiff3d.config import parse_settings
+    from latdiff3d.covariates import parse_covariates
+
+    require_counts(num_samples, seed)
+    known = parse_covariates(covariate or [])
+    loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
+    if label_map is not None:
+        loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
+    writing = sample_folders.Writing(pictures, gif)
+    site, jobs = edit_folders.jobs_for(loaded, image, mask, region, num_samples, seed, known, writing, noise)
+    left = [job for job in jobs if not sample_folders.is_made(job, out)]
+    for _ in edit_folders.make(loaded, site, left, out):
+        pass
+    before = f"; {len(jobs) - len(left)} of them were there" if len(left) < len(jobs) else ""
+    print(
+        f"{len(jobs)} edited scans are in {out}, such as {out / jobs[0].name}{before}; {site.volume_mm3:.4g} mm³ were "
+        "made anew, all else is the scan's own"
+    )
 
 
 @app.command()
@@ -261,11 +304,11 @@ def run_sampling(
     from latdiff3d.covariates import parse_covariates
     from latdiff3d.layouts import scan_files
     from latdiff3d.memory import gigabytes
+    from latdiff3d.training_intensities import training_reference
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
-    if num_samples < 1 or seed < 0:
-        raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
+    require_counts(num_samples, seed)
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
     if memory is not None and not whole:
@@ -284,7 +327,11 @@ def run_sampling(
     else:
         masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    scan = intensities.reference(scan_files(like, loaded.modalities), loaded.preprocessing) if like else None
+    scan = None
+    if like == "training":
+        scan = training_reference(loaded.training_intensities, loaded.path)
+    elif like:
+        scan = intensities.reference(scan_files(like, loaded.modalities), loaded.preprocessing)
     writing = sample_folders.Writing(picture, gif, scan, int16)
     jobs, refused = sample_folders.jobs_for(loaded, masks, num_samples, seed, grid == "mask", known, writing)
     if len(masks) == len(refused) == 1:
@@ -301,6 +348,12 @@ def run_sampling(
     if refused:
         print(f"{len(refused)} of {len(masks)} masks are left out; each is named above.", file=sys.stderr)
         raise SystemExit(SOME_LEFT_OUT)
+
+
+def require_counts(num_samples: int, seed: int) -> None:
+    """Refuse numbers of volumes and seeds that are none, with an InputError."""
+    if num_samples < 1 or seed < 0:
+        raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
 
 
 def door(program: Callable[[], Any]) -> None:

@@ -43,10 +43,22 @@ class IntensityRange:
 
 @dataclass(frozen=True)
 class Reference:
-    """A scan whose range volumes are mapped to, one `IntensityRange` a channel."""
+    """A scan, or a set of them, whose range volumes are mapped to.
+
+    Attributes:
+        files: of the scan; none of a set.
+        ranges: one a channel; medians, of a set.
+        num_scans: in the set.
+    """
 
     files: Sequence[str]
     ranges: Sequence[IntensityRange]
+    num_scans: int = 1
+
+    @property
+    def units(self) -> str:
+        """Return what a sidecar calls the units of what is mapped to it."""
+        return "those of the scan in Like" if self.files else "those of the training scans, by their median range"
 
     def unscaled(self, volume: np.ndarray) -> np.ndarray:
         """Return a volume (C, D, H, W) of [0, 1] in the scan's units, float32."""
@@ -59,7 +71,7 @@ class Reference:
             for name, each in zip(modalities, self.ranges, strict=True)
         }
         files = [{"Name": Path(file).name, "SHA256": sha256(Path(file))} for file in self.files]
-        return {"Like": files, "IntensityRange": ranges}
+        return {"Like": files or f"the median of {self.num_scans} training scans", "IntensityRange": ranges}
 
 
 def reference(files: Sequence[str], preprocessing: Compose) -> Reference:

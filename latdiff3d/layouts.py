@@ -136,6 +136,14 @@ def scan_files(place: str | Path, modalities: Sequence[str]) -> list[str]:
     return files
 
 
+def scan_name(place: str | Path, modalities: Sequence[str]) -> str:
+    """Return the name of a scan of `scan_files`: its folder's, or its first file's without a modality at its end."""
+    if Path(place).is_dir():
+        return Path(place).resolve().name
+    stem = volume_stem(place if Path(place).is_file() else str(place).split(",")[0])
+    return next((stem.removesuffix(f"_{name}") for name in modalities if stem.endswith(f"_{name}")), stem)
+
+
 # BraTS folders
 
 

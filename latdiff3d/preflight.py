@@ -34,7 +34,7 @@ class Findings(NamedTuple):
     warnings: list[str]
 
 
-def examine(model: Model, mask: str | Path) -> Findings:
+def examine(model: Model, mask: str | Path, crop_matters: bool = True) -> Findings:
     """Hold a mask against what a model was trained on; no network is run.
 
     A mask that is mirrored cannot be told from one that is not; only headers that contradict themselves, or say
@@ -43,6 +43,7 @@ def examine(model: Model, mask: str | Path) -> Findings:
     Args:
         model: from `Model.load`.
         mask: its file.
+        crop_matters: say what lies outside the crop around its labels; not where the crop is cut around something else.
 
     Raises:
         InputError: for a model without masks.
@@ -66,7 +67,7 @@ def examine(model: Model, mask: str | Path) -> Findings:
     if not any(on_grid.volume_mm3[1:]) and not any(_before_resampling(model, path, on_grid).volume_mm3[1:]):
         errors, more = _empty(model, Path(path).name)
         return Findings(errors, [*warnings, *more])
-    return Findings([], [*warnings, *_class_warnings(model, path, whole, on_grid)])
+    return Findings([], [*warnings, *_class_warnings(model, path, whole, on_grid, crop_matters)])
 
 
 def parse_label_map(text: str) -> dict[int, int]:
@@ -175,7 +176,7 @@ def _before_resampling(model: Model, path: str, on_grid: Measures) -> Measures:
     return measured(Compose(others)({"mask": path})["mask"], model.num_classes)
 
 
-def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measures) -> Iterator[str]:
+def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measures, crop_matters: bool) -> Iterator[str]:
     """Say of each class what the model will not be shown, or has not seen."""
     condition = model.synthesizer.condition
     assert isinstance(condition, MaskCondition)
@@ -190,6 +191,8 @@ def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measure
         label = f"{Path(path).name}: label {model.class_names[k]} ({stored:.4g} mm³)"
         if not on_grid.volume_mm3[k]:
             yield f"{label} is lost at the model's spacing, {_mm(on_grid.spacing_mm)}; the volume will not show it."
+        elif not crop_matters:
+            pass
         elif not in_crop[k]:
             yield f"{label} lies outside the model's crop of {size_text(model.crop_to)} voxels, where the volume is 0."
         else:

@@ -29,12 +29,13 @@ MARK = "SYNTHETIC"
 DESCRIPTIONS = {
     "volume": f"{MARK} volume, not a patient's; latdiff3d {__version__}",
     "reconstruction": f"{MARK}: an autoencoder's view of a scan, no scan; latdiff3d {__version__}",
+    "edited": f"{MARK} in a part: an EDITED scan, not as acquired; latdiff3d {__version__}",
     "error": f"{MARK}: an autoencoder's error on a scan, no scan; latdiff3d {__version__}",
     "mask": f"the mask these {MARK} volumes were made for",
 }
 COMMENT = 6  # the code of a NIfTI extension of text
 IN_HEADER = ("SyntheticData", "GeneratedBy", "Seed", "Sampler", "Steps", "Guidance", "Units")
-BY_HASH = ("Checkpoint", "Mask", "Image")  # one file, or a list of them
+BY_HASH = ("Checkpoint", "Mask", "Image", "Region")  # one file, or a list of them
 
 _NIFTI = (".nii.gz", ".nii")
 
@@ -78,6 +79,7 @@ class Inspection:
             "seed": self.said.get("Seed"),
             "mask": _named(self.said.get("Mask")),
             "image": _named(self.said.get("Image")),
+            "region": _named(self.said.get("Region")),
             "units": self.said.get("Units"),
             "sidecar": self.sidecar or "none beside it",
             "file": {True: "as it was written", False: "CHANGED since it was written", None: None}[self.unchanged],

@@ -20,7 +20,7 @@ from latdiff3d.devices import device
 from latdiff3d.errors import InputError
 from latdiff3d.fidelity import psnr, ssim
 from latdiff3d.handlers import progress_bar
-from latdiff3d.layouts import scan_files, volume_stem
+from latdiff3d.layouts import scan_files, scan_name
 from latdiff3d.provenance import computed_on
 from latdiff3d.quality_pictures import Example, slices_png
 from latdiff3d.readers import read_header, shape_problem
@@ -158,7 +158,7 @@ def reconstruct_to_folder(
             on; or see `Reconstructor.reconstruct`.
     """
     modalities = reconstructor.modalities
-    named = {_case_of(scan, modalities): scan_files(scan, modalities) for scan in scans}
+    named = {scan_name(scan, modalities): scan_files(scan, modalities) for scan in scans}
     if len(named) != len(scans):
         raise InputError(f"{len(scans)} scans have only {len(named)} different names; expected a name of its own each.")
     for files in named.values():
@@ -187,14 +187,6 @@ def reconstruct_to_folder(
             example = Example(case, figures["PSNR"]["All"] or math.inf, found.scan, found.volume)
             (Path(out) / case / f"{case}.png").write_bytes(slices_png(example))
         yield case, figures
-
-
-def _case_of(scan: str, modalities: Sequence[str]) -> str:
-    """Return a scan's name: its folder's, or its first file's without a modality at its end."""
-    if Path(scan).is_dir():
-        return Path(scan).resolve().name
-    stem = volume_stem(scan if Path(scan).is_file() else scan.split(",")[0])
-    return next((stem.removesuffix(f"_{name}") for name in modalities if stem.endswith(f"_{name}")), stem)
 
 
 def _finite(value: float) -> float | None:

@@ -27,7 +27,7 @@ class Writing(NamedTuple):
 
     Attributes:
         picture, gif: which pictures of each, see `pictures.write_pictures`.
-        like: a scan to whose range intensities are mapped; [0, 1] where there is none.
+        like: a scan, or the training scans, to whose range intensities are mapped; [0, 1] where there is none.
         int16: see `volumes.write_marked`.
     """
 
@@ -38,7 +38,7 @@ class Writing(NamedTuple):
 
     def said(self, modalities: Sequence[str]) -> dict[str, Any]:
         """Return what a sidecar says of the numbers in the files."""
-        units = "normalised intensity, 0 to 1" if self.like is None else "those of the scan in Like"
+        units = "normalised intensity, 0 to 1" if self.like is None else self.like.units
         mapped = {} if self.like is None else self.like.said(modalities)
         return {"Units": units, "DataType": "int16" if self.int16 else "float32", **mapped}
 
@@ -129,7 +129,7 @@ def jobs_for(
     named = {case_name(mask): mask for mask in masks}
     if len(named) != len(masks):
         raise InputError(f"{len(masks)} masks have only {len(named)} different names; expected a name of its own each.")
-    of_model = _provenance_of(model) | writing.said(model.modalities)
+    of_model = provenance_of(model) | writing.said(model.modalities)
     cases: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
     jobs: list[Job] = []
     refused: dict[str, str] = {}
@@ -142,7 +142,7 @@ def jobs_for(
             continue
         numbers = model.numbers_of(given, model.grid_of(mask))
         of_mask = {
-            "Mask": mask and _described(mask),
+            "Mask": mask and described(mask),
             "Grid": "mask" if mask is not None and whole else "crop",
             "Extent": "whole" if model.is_whole else "crop",
             "MemoryGB": model.memory_gb,  # the tiles' sizes, by which voxels differ in their last digits
@@ -222,7 +222,8 @@ def _warn_of_unused_labels(model: Model, masks: Iterable[str | Path]) -> None:
         print(f"warning: --label-map names {listed}, which none of the masks holds.", file=sys.stderr, flush=True)
 
 
-def _provenance_of(model: Model) -> dict[str, Any]:
+def provenance_of(model: Model) -> dict[str, Any]:
+    """Return what a sidecar says of the model, how it samples and what it runs on."""
     synthesizer = model.synthesizer
     return {
         "Checkpoint": {"Path": str(model.path), "SHA256": checkpoints.sha256(model.path)},
@@ -238,7 +239,7 @@ def _provenance_of(model: Model) -> dict[str, Any]:
     }
 
 
-def _described(mask: str | Path) -> dict[str, str]:
+def described(mask: str | Path) -> dict[str, str]:
     """Return a mask's name and hashes; Content sees voxels that a format keeps in a file beside the one named."""
     return {
         "Name": Path(mask).name,

@@ -18,7 +18,9 @@ from latdiff3d.conditioning import Condition, MaskCondition
 from latdiff3d.config import refuse_unknown_keys
 from latdiff3d.covariates import SPACING, Covariates
 from latdiff3d.devices import device
+from latdiff3d.editing import Edit, Site, site_of
 from latdiff3d.errors import InputError
+from latdiff3d.layouts import scan_files
 from latdiff3d.memory import left_of
 from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
@@ -64,6 +66,7 @@ class Model:
         config: its configuration, to read further settings from.
         labels: that masks may hold, as in the files of the training set.
         training_masks: see `training_masks.summary`; None of a checkpoint of an earlier version, or without masks.
+        training_intensities: see `training_intensities.summary`; None of a checkpoint of an earlier version.
         label_map: what masks hold → one of `labels`; see `with_label_map`.
         is_whole: volumes are as large as their masks; see `for_whole_masks`.
         memory_gb: what is given for these; None: decoding is done at once.
@@ -79,6 +82,7 @@ class Model:
     covariates: Covariates
     labels: list[int] = field(default_factory=list)
     training_masks: Mapping[str, Any] | None = None
+    training_intensities: Mapping[str, Any] | None = None
     label_map: Mapping[int, int] = field(default_factory=dict)
     is_whole: bool = False
     memory_gb: float | None = None
@@ -156,6 +160,7 @@ class Model:
             parser.get_parsed_content("known_covariates") if "covariates" in parser.get() else Covariates(),
             list(parser["labels"]),
             content["notes"].get("masks"),
+            content["notes"].get("intensities"),
         )
 
     @property
@@ -308,6 +313,45 @@ class Model:
         volume_bytes = 4 * len(self.modalities) * math.prod(grid.mask.shape)
         networks = [synthesizer.denoiser, synthesizer.codec]
         return left_of(self.memory_gb or 0, synthesizer.device, networks, sum(held), volume_bytes)
+
+    def site_of(self, scan: str | Path, mask: str | Path, region: str | Path | None = None) -> Site:
+        """Return a scan, the mask drawn for it and the region to make anew, read and found sound; see `edit`."""
+        self.require_mask(mask)
+        factor = self.synthesizer.codec.factor
+        files = scan_files(scan, self.modalities)
+        return site_of(files, mask, region, self.preprocessing, self.crop_to, factor, self.label_map)
+
+    def edit(
+        self,
+        scan: str | Path,
+        mask: str | Path,
+        region: str | Path | None = None,
+        seed: int = 0,
+        known: Mapping[str, Any] | None = None,
+        noise: bool = True,
+    ) -> Edit:
+        """Return a real scan whose region shows what a mask has drawn there; all other voxels are the scan's own.
+
+        Args:
+            scan: all modalities of it, see `layouts.scan_files`.
+            mask, region: their files, see `editing.site_of`.
+            seed: of the noise.
+            known: covariates by name, see `sample`.
+            noise: lay noise as strong as the scan's over the region; an autoencoder keeps hardly any.
+
+        Raises:
+            InputError: an unconditional model, a scan that is not whole, or see `editing.site_of` and `numbers_of`.
+        """
+        return self.edit_site(self.site_of(scan, mask, region), seed, known, noise)
+
+    def edit_site(self, site: Site, seed: int, known: Mapping[str, Any] | None = None, noise: bool = True) -> Edit:
+        """Return an edit of what `site_of` has read; see `edit`."""
+        numbers = self.numbers_of(known or {}, site.grid)
+        grid = self.synthesizer.condition(site.grid.mask.as_tensor()[None])
+        condition = Condition(grid, numbers[None] if len(self.covariates) else None)
+        latents = site.known(self.synthesizer.codec)
+        decoded = self.synthesizer.sample(latents.latents.shape[1:], condition, [seed], known=latents)[0].cpu()
+        return Edit(site, site.filled(decoded, seed if noise else None), decoded)
 
 
 def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[dict[str, Any]]:

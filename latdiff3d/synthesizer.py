@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from latdiff3d import samplers
+from latdiff3d.blending import Known
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import Condition, MaskCondition, NoCondition
 from latdiff3d.devices import autocast
@@ -77,6 +78,7 @@ class Synthesizer:
         seeds: Sequence[int],
         window: Sequence[int] | None = None,
         memory_gb: float | None = None,
+        known: Known | None = None,
     ) -> torch.Tensor:
         """Return one volume a seed, (B, C, D, H, W) in [0, 1].
 
@@ -87,6 +89,7 @@ class Synthesizer:
             window: (d, h, w), at most the latents': larger ones are denoised by windows of that size, see
                 `latent_windows`, with a progress bar; None: at once.
             memory_gb: for decoding, see `LatentCodec.decode`.
+            known: latents of which only the free cells are sampled; all where None.
 
         Raises:
             InputError: too little memory for decoding, before anything is denoised.
@@ -118,7 +121,9 @@ class Synthesizer:
                 prediction = windows.prediction(guided, z, condition, next(calls), bar.update)
             return self.objective.split(prediction, z, alpha, sigma)
 
+        noise = noise.to(self.device)
+        blend = split if known is None else known.blended(split, noise, self.schedule)
         number = 0 if windows is None else windows.number(self.num_calls)
         with progress_bar(total=number, desc="denoising", unit="window", leave=False, disable=not number) as bar:
-            latents = self.solve(split, noise.to(self.device), self.times, self.schedule, generators=generators)
+            latents = self.solve(blend, noise, self.times, self.schedule, generators=generators)
         return self.codec.decode(latents, memory_gb=memory_gb).clamp(0, 1)

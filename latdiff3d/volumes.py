@@ -58,7 +58,12 @@ def mask_on_model_grid(
 
 
 def place_mask(
-    path: str | Path, mask: MetaTensor, preprocessing: Compose, crop_to: Sequence[int], cell: int | None = None
+    path: str | Path,
+    mask: MetaTensor,
+    preprocessing: Compose,
+    crop_to: Sequence[int],
+    cell: int | None = None,
+    around: torch.Tensor | None = None,
 ) -> ModelGrid:
     """Cut the crop around a mask's labelled voxels' centre, or around its middle where it is empty; or keep it whole.
 
@@ -67,6 +72,7 @@ def place_mask(
         mask: (1, D, H, W), which `preprocessing` has made of that.
         crop_to: (D, H, W); smaller masks are padded to it.
         cell: None for the crop; else nothing is cut, but padded to whole latent cells of so many voxels along an edge.
+        around: of the mask's shape; the crop is cut around the middle of what is above 0 there instead.
     """
     if cell is not None:
         whole = [max(-(-n // cell) * cell, least) for n, least in zip(mask.shape[1:], crop_to, strict=True)]
@@ -74,8 +80,9 @@ def place_mask(
         return ModelGrid(str(path), convert_to_tensor(crop(pad(mask)), track_meta=True), preprocessing, pad, crop)
     pad = SpatialPad(spatial_size=crop_to)
     padded = pad(mask)
-    start, end = generate_spatial_bounding_box(padded, allow_smaller=True)
-    empty = not bool((padded > 0).any())
+    source = padded if around is None else pad(around)
+    start, end = generate_spatial_bounding_box(source, allow_smaller=True)
+    empty = not bool((source > 0).any())
     size = np.array(padded.shape[1:])
     centre = size // 2 if empty else (np.array(start) + np.array(end)) // 2
     first = np.clip(centre - np.array(crop_to) // 2, 0, size - np.array(crop_to))
@@ -116,7 +123,7 @@ def write_synthetic(
 def write_marked(
     folder: Path,
     case: str,
-    arrays: Mapping[str, tuple[str, np.ndarray]],
+    arrays: Mapping[str, tuple[str, np.ndarray | nib.Nifti1Image]],
     affine: np.ndarray,
     provenance: Mapping[str, Any],
     int16: bool = False,
@@ -124,7 +131,8 @@ def write_marked(
     """Write `<folder>/<case>/<case>_<name>.nii.gz`, which say what they are, and after them the sidecar.
 
     Args:
-        arrays: what it is, of `provenance.DESCRIPTIONS`, and its voxels (D, H, W), by name; masks keep their type.
+        arrays: what it is, of `provenance.DESCRIPTIONS`, and its voxels (D, H, W), by name; masks keep their type, and
+            a NIfTI image in place of voxels is written as it is.
         affine: (4, 4), voxel to RAS mm.
         provenance: see `provenance.sidecar_of`.
         int16: store volumes in half of float32's bytes, with a slope, see `intensities.as_int16`; else as float32.
@@ -139,10 +147,7 @@ def write_marked(
     files = {}
     for name, (kind, array) in arrays.items():
         path = target / f"{case}_{name}.nii.gz"
-        stored, slope, inter = as_int16(array) if int16 and kind != "mask" else (array, None, None)
-        image = nib.Nifti1Image(stored if int16 or kind == "mask" else array.astype(np.float32), affine)
-        image.header.set_slope_inter(slope, inter)
-        image.header.set_xyzt_units("mm")
+        image = _image(array, affine, int16, kind == "mask") if isinstance(array, np.ndarray) else array
         mark(image, kind, provenance)
         temporary = path.with_name(f".tmp_{path.name}")
         nib.save(image, temporary)
@@ -152,6 +157,14 @@ def write_marked(
     temporary.write_text(json.dumps(sidecar_of(provenance, files), indent=2) + "\n")
     temporary.replace(sidecar)
     return list(files)
+
+
+def _image(array: np.ndarray, affine: np.ndarray, int16: bool, is_mask: bool) -> nib.Nifti1Image:
+    stored, slope, inter = as_int16(array) if int16 and not is_mask else (array, None, None)
+    image = nib.Nifti1Image(stored if int16 or is_mask else array.astype(np.float32), affine)
+    image.header.set_slope_inter(slope, inter)
+    image.header.set_xyzt_units("mm")
+    return image
 
 
 def sidecar_file(folder: Path, case: str) -> Path:

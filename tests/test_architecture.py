@@ -11,27 +11,27 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"demo", "inference", "export", "bundle_checks", "sharing"},
+    {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders"},
     {"model_card", "bundle_metadata", "bundle_files"},
     {"sample_folders"},
     {"preflight"},
     {"synthesis", "runs", "reconstruction"},
     {"checkpointing"},
-    {"segmentation", "quality", "synthesizer", "planning"},
+    {"segmentation", "quality", "synthesizer", "planning", "editing"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries", "latent_windows"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
-    | {"fingerprints", "guidance", "pictures", "tensor_networks"},
+    | {"fingerprints", "guidance", "pictures", "tensor_networks", "blending"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
     {"settings"},
     {"bundle_trial"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
-    | {"coarse_masks", "updates", "training_masks"},
+    | {"coarse_masks", "updates", "training_masks", "training_intensities"},
     {"volumes"},
     {"intensities"},
-    {"transforms", "doctor", "pretrained", "tiling"},
+    {"transforms", "doctor", "pretrained", "tiling", "stored_scans"},
     {"skipping", "provenance"},
     {"checks", "norms", "batches", "loading"},
     {"readers"},
@@ -39,7 +39,7 @@ FLOORS = [
     {"layouts", "phantoms"},
     {"dicom_masks"},
     {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions"},
-    {"errors", "exported", "bundle_modules", "bundle_probe"},
+    {"errors", "exported", "bundle_modules", "bundle_probe"} | {"membrane", "scan_noise"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")

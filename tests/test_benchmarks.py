@@ -7,6 +7,8 @@ import pytest
 import yaml
 from conftest import TINY, TINY_AUTOENCODER, run_process
 
+from latdiff3d.phantoms import write_phantoms
+
 
 def last_line(ended):
     assert ended.code == 0, ended.err
@@ -100,3 +102,16 @@ def test_a_whole_volume_is_made_in_a_process_of_its_own_and_its_borders_looked_a
     assert 0 < figures["peak_gb"] < 4 and figures["seam_ratio"] > 0 and figures["minutes"] > 0
     assert len(figures["by_call"]) == 2 and figures["tiles"] is None and figures["size"] == [40, 24, 31]
     assert list(figures["arms"])[:2] == ["ours", "side by side"]
+
+
+def test_edits_are_measured_outside_at_the_border_and_by_the_judge(tiny_runs, tmp_path):
+    overlay, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    overlay.write_text(yaml.safe_dump(TINY_AUTOENCODER))
+    shutil.copytree(tiny_runs.diffusion, run)
+    data = write_phantoms(tmp_path / "data", 2, 4, (24, 28, 24), spacing_mm=6)
+    words = ("--data", data, "--config", overlay, "--run", run, "--segmenter", tmp_path / "judge", "--short")
+    figures = last_line(run_process("benchmarks/edit.py", *words))
+    assert figures["outside_identical"] == 1 and figures["num_edits"] >= 1
+    assert 0 < figures["border_gradient_ratio"] < figures["border_gradient_ratio_pasted"]
+    assert {"segmenter_dice", "segmenter_dice_before", "segmenter_dice_real", "lesions_found"} <= set(figures)
+    assert list((run / "edited").glob("*/*.png"))

@@ -6,13 +6,15 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import refused, run_here
+from conftest import NUM_TRAIN, refused, run_here
 from monai.transforms import Compose
 
+from latdiff3d import checkpoints, training_intensities
 from latdiff3d.errors import InputError
-from latdiff3d.intensities import IntensityRange, as_int16, reference
+from latdiff3d.intensities import IntensityRange, Reference, as_int16, reference
 from latdiff3d.layouts import scan_files
 from latdiff3d.provenance import inspect
+from latdiff3d.training_intensities import summary, training_reference
 from latdiff3d.transforms import LoadVolumed, ScaleForegroundd
 from latdiff3d.volumes import write_synthetic
 
@@ -116,7 +118,72 @@ def test_a_scan_that_is_not_whole_is_refused(write_brats_case, tmp_path):
         scan_files(f"{folder}/case_t1.nii.gz,{folder}/case_flair.nii.gz", ["flair", "t1", "t2"])
 
 
+# The training set's range
+
+
+def test_the_training_sets_range_is_the_median_of_each_modality(tmp_path, write_volume):
+    cases = []
+    for number, (scale, background) in enumerate([(1, -7), (2, -5), (30, None)]):
+        channels = [scan(0 if background is None else background) * scale + k for k in range(2)]
+        if background is None:
+            channels = [np.random.default_rng(k).uniform(0, 1000, (10, 10, 10)).astype("f4") for k in range(2)]
+        files = [write_volume(tmp_path / f"{number}_{k}.nii.gz", channel) for k, channel in enumerate(channels)]
+        cases.append({"case": str(number), "image": files})
+    said = summary(cases, preprocessing().transforms)
+    assert said["num_scans"] == 3
+    first, second = (IntensityRange(**each) for each in said["ranges"])
+    assert (first.low, first.high, first.background) == (-20, 360, -8.5)  # of −20, −40, 0.…; 180, 360, 1000; −7, −10
+    assert (second.low, second.high) == (-19, 361)
+    reference = training_reference(said, "best.pt")
+    assert reference.unscaled(np.array([0, 0.5, 1]).reshape(1, 3).repeat(2, 0))[0].tolist() == [-8.5, 170, 360]
+
+
+def test_of_many_scans_some_are_read_evenly(monkeypatch):
+    read = []
+
+    def reference(files, preprocessing):
+        read.append(int(files[0]))
+        return Reference(files, [IntensityRange(0, int(files[0]), 0)])
+
+    monkeypatch.setattr(training_intensities, "reference", reference)
+    said = summary([{"image": [str(number)]} for number in range(1001)], preprocessing().transforms)
+    assert len(read) == said["num_scans"] == 32 and {0, 1000} <= set(read)
+    assert said["ranges"] == [{"low": 0, "high": 500, "background": 0}]
+
+
+def test_a_preprocessing_without_percentiles_has_no_range():
+    assert summary([{"image": ["x"]}], [LoadVolumed(["image"])]) is None
+
+
 # Through the command
+
+
+def test_samples_take_the_training_sets_range(tiny_runs, model, tmp_path):
+    case = tiny_runs.data / "phantom_0004"
+    command = ["sample", "-r", tiny_runs.diffusion, "--mask", case / "phantom_0004_seg.nii.gz", "--no-pictures"]
+    assert run_here(*command, "--out", tmp_path / "scaled").code == 0
+    ended = run_here(*command, "--out", tmp_path / "like", "--like", "training")
+    assert ended.code == 0, ended.err
+    said = json.loads((tmp_path / "like" / "phantom_0004" / "phantom_0004.json").read_text())
+    assert said["Units"] == "those of the training scans, by their median range"
+    assert said["Like"] == "the median of 4 training scans" == f"the median of {NUM_TRAIN} training scans"
+    scans = [scan_files(tiny_runs.data / f"phantom_000{k}", model.modalities) for k in range(NUM_TRAIN)]
+    highs = [reference(files, model.preprocessing).ranges[1].high for files in scans]
+    found = said["IntensityRange"]["t1"]
+    assert found["High"] == pytest.approx(np.median(highs)) and found["Background"] == 0
+    name = "phantom_0004/phantom_0004_t1.nii.gz"
+    scaled, mapped = (nib.load(tmp_path / out / name).get_fdata() for out in ("scaled", "like"))
+    expected = IntensityRange(found["Low"], found["High"], found["Background"]).unscaled(scaled)
+    assert np.allclose(mapped, expected, rtol=1e-5)
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_know_the_training_sets_range(tiny_runs, mask, tmp_path):
+    content = checkpoints.load(tiny_runs.diffusion / "checkpoints" / "best.pt", "diffusion")
+    del content["notes"]["intensities"]
+    checkpoints.save(tmp_path / "earlier.pt", content)
+    command = ["sample", "-r", tmp_path / "earlier.pt", "--mask", mask, "--like", "training", "--out", tmp_path / "out"]
+    line = refused(run_here(*command))
+    assert "earlier.pt does not say what its training scans' intensities were" in line and "give --like SCAN" in line
 
 
 def test_samples_take_a_scans_range_and_say_so(tiny_runs, tmp_path):
