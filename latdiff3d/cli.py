@@ -299,12 +299,10 @@ def run_sampling(
         SystemExit: with `SOME_LEFT_OUT`, after the others are done, where some masks cannot.
     """
     import latdiff3d
-    from latdiff3d import intensities, preflight, sample_folders, synthesis
+    from latdiff3d import preflight, sample_folders, synthesis
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
-    from latdiff3d.layouts import scan_files
     from latdiff3d.memory import gigabytes
-    from latdiff3d.training_intensities import training_reference
 
     if grid not in ("mask", "crop"):
         raise InputError(f"grid is {grid!r}; expected mask or crop.")
@@ -327,12 +325,7 @@ def run_sampling(
     else:
         masks = sample_folders.masks_at(mask) if mask is not None else []
         known = [given] * max(len(masks), 1)
-    scan = None
-    if like == "training":
-        scan = training_reference(loaded.training_intensities, loaded.path)
-    elif like:
-        scan = intensities.reference(scan_files(like, loaded.modalities), loaded.preprocessing)
-    writing = sample_folders.Writing(picture, gif, scan, int16)
+    writing = sample_folders.Writing(picture, gif, sample_folders.reference_for(loaded, like), int16)
     jobs, refused = sample_folders.jobs_for(loaded, masks, num_samples, seed, grid == "mask", known, writing)
     if len(masks) == len(refused) == 1:
         raise InputError(*refused.values())

@@ -10,9 +10,9 @@ from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from torch.utils.data import Dataset
 
-from latdiff3d import checkpoints, config, distributed, intensities, runs, sample_folders
+from latdiff3d import checkpoints, config, distributed, runs, sample_folders
 from latdiff3d.errors import SOME_LEFT_OUT, InputError
-from latdiff3d.layouts import scan_files
+from latdiff3d.memory import gigabytes
 from latdiff3d.sample_folders import Job, Writing
 from latdiff3d.synthesis import SAMPLING_SETTINGS, Model, cases_of_split, known_of
 
@@ -97,18 +97,29 @@ def evaluate() -> None:
             file.write_text(json.dumps(told, indent=2) + "\n")
 
 
-def loaded(model: str, gpus: str, sampling: Mapping[str, Any], label_map: Mapping[int, int]) -> Model:
-    """Return the model at `model`, a place that `checkpoints.find` knows, with settings of sampling; None: its own."""
+def loaded(
+    model: str,
+    gpus: str,
+    sampling: Mapping[str, Any],
+    label_map: Mapping[int, int],
+    whole: bool = False,
+    memory: str = "",
+) -> Model:
+    """Return the model at `model`, a place that `checkpoints.find` knows, with settings of sampling; None: its own.
+
+    Args:
+        whole: for volumes as large as their masks; `memory`, as `memory.gigabytes` reads it, is what they may take.
+    """
     given = {key: value for key, value in sampling.items() if value is not None}
     found = Model.load(model, gpus=gpus or None, settings=given)
     numbers = {int(label): int(ours) for label, ours in label_map.items()}
-    return found.with_label_map(numbers) if numbers else found
+    found = found.with_label_map(numbers) if numbers else found
+    return found.for_whole_masks(gigabytes(memory)) if whole else found
 
 
 def writing(model: Model, picture: bool, gif: bool, like: str, int16: bool) -> Writing:
-    """Return how volumes are written; see `sample_folders.Writing`, `like` being a place of `layouts.scan_files`."""
-    scan = intensities.reference(scan_files(like, model.modalities), model.preprocessing) if like else None
-    return Writing(picture, gif, scan, int16)
+    """Return how volumes are written; see `sample_folders.Writing` and `sample_folders.reference_for`."""
+    return Writing(picture, gif, sample_folders.reference_for(model, like), int16)
 
 
 class Jobs(Dataset[Job]):

@@ -11,11 +11,12 @@ import numpy as np
 from latdiff3d import checkpoints, fingerprints, preflight
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
-from latdiff3d.intensities import Reference
-from latdiff3d.layouts import MASK_SUFFIXES
+from latdiff3d.intensities import Reference, reference
+from latdiff3d.layouts import MASK_SUFFIXES, scan_files
 from latdiff3d.pictures import write_pictures
 from latdiff3d.provenance import computed_on, sidecar_of
 from latdiff3d.synthesis import Model, Sample
+from latdiff3d.training_intensities import training_reference
 from latdiff3d.volumes import case_name, read_mask, sidecar_file, write_synthetic
 
 _SUFFIXES = f"{', '.join(MASK_SUFFIXES[:-1])} or {MASK_SUFFIXES[-1]}"
@@ -44,6 +45,20 @@ class Writing(NamedTuple):
 
 
 DEFAULTS = Writing()
+
+
+def reference_for(model: Model, like: str | None) -> Reference | None:
+    """Return the range of intensities that `like` names, None for none.
+
+    Args:
+        like: "training" for the scans that the model was trained on, or a place of `layouts.scan_files`.
+
+    Raises:
+        InputError: no such scan, or a model that does not say what its training scans were like.
+    """
+    if like == "training":
+        return training_reference(model.training_intensities, model.path)
+    return reference(scan_files(like, model.modalities), model.preprocessing) if like else None
 
 
 class Job(NamedTuple):

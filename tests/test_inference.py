@@ -55,6 +55,18 @@ def test_inference_has_the_properties_that_monai_asks_for(tiny_runs, mask, tmp_p
     assert len(flow.dataset) == 1
 
 
+def test_whole_volumes_and_the_training_sets_range_are_those_of_our_command(tiny_runs, mask, tmp_path):
+    words = ["--mask", mask, "--whole", "--memory", "4GB", "--like", "training"]
+    assert run_here("sample", "-r", tiny_runs.diffusion, "--out", tmp_path / "ours", *words).code == 0
+    sampling(
+        model=str(tiny_runs.diffusion), mask=str(mask), out=str(tmp_path / "monai"), whole=True, memory="4GB",
+        like="training",
+    ).run()  # fmt: skip
+    for ours, theirs in zip(voxels_of(tmp_path / "ours"), voxels_of(tmp_path / "monai"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert max(voxels.max() for voxels in ours) > 1
+
+
 def test_without_a_mask_those_of_the_split_are_taken(tiny_runs, tmp_path):
     flow = sampling(model=str(tiny_runs.diffusion), dataset_dir=str(tiny_runs.data), out=str(tmp_path), num_samples=2)
     assert [job.name for job in flow.dataset.jobs] == [
