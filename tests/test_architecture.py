@@ -14,10 +14,11 @@ FLOORS = [
     {"demo"},
     {"sample_folders"},
     {"preflight"},
-    {"synthesis", "runs", "reconstruction"},
-    {"checkpointing"},
-    {"segmentation", "quality", "synthesizer", "planning"},
-    {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},
+    {"synthesis", "runs", "reconstruction", "compvis_configs"},
+    {"checkpointing", "compvis_diffusion"},
+    {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},
+    {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"}
+    | {"simulated_memory", "conversion"},
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
