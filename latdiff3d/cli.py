@@ -130,6 +130,25 @@ def convert(
     print(converted.report(overlay))
 
 
+@app.command(name="import")
+def import_weights(
+    weights: Annotated[
+        Path, typer.Argument(help="a state dict of monai-generative 0.2.3, MONAI or MAISI's autoencoder")
+    ],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as first_stage=autoencoder.pt")] = None,
+    to: Annotated[Path, typer.Option(help="the checkpoint, a .pt file")] = Path("imported.pt"),
+    config: Annotated[list[Path] | None, typer.Option(help="overlay YAML; what it sets is not guessed")] = None,
+    data: Annotated[str | None, typer.Option(help="a data set, to measure an autoencoder's latents over")] = None,
+    scale_factor: Annotated[float | None, typer.Option(help="instead: that of its own diffusion model")] = None,
+) -> None:
+    """Make a checkpoint of weights that were trained elsewhere: an autoencoder, or a denoiser behind one."""
+    from latdiff3d import importing
+    from latdiff3d.config import parse_settings
+
+    given = parse_settings(settings or []) | ({} if data is None else {"dataset_dir": data})
+    print(importing.import_weights(weights, to, config or [], given, scale_factor).report())
+
+
 @app.command()
 def plan(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as batch_size=2")] = None,

@@ -32,6 +32,20 @@ def downsampling(network: nn.Module) -> int:
     raise TypeError(f"{type(network).__name__} is no AutoencoderKL, VQVAE, DiffusionModelUNet or UNet.")
 
 
+class TrilinearAutoencoderKL(AutoencoderKL):
+    """AutoencoderKL with the upsampling of MAISI's, trilinear where MONAI's repeats the nearest cell.
+
+    Args:
+        args, network: AutoencoderKL's.
+    """
+
+    def __init__(self, *args: Any, **network: Any) -> None:
+        super().__init__(*args, **network)
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Upsample):
+                module.mode = "trilinear"
+
+
 class ExactConv3d(nn.Conv3d):
     """A Conv3d that leaves bfloat16 autocast where its input is thinner than its kernel.
 

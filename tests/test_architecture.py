@@ -13,7 +13,7 @@ FLOORS = [
     {"cli"},
     {"demo"},
     {"sample_folders"},
-    {"preflight"},
+    {"preflight", "importing"},
     {"synthesis", "runs", "reconstruction", "compvis_configs"},
     {"checkpointing", "compvis_diffusion"},
     {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},
@@ -25,9 +25,9 @@ FLOORS = [
     | {"fingerprints", "guidance", "pictures"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
-    {"settings"},
+    {"settings", "architecture"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
-    | {"coarse_masks", "updates", "training_masks"},
+    | {"coarse_masks", "updates", "training_masks", "old_weights"},
     {"volumes"},
     {"intensities"},
     {"transforms", "doctor", "pretrained", "tiling"},

@@ -81,3 +81,12 @@ def test_guidance_is_swept_before_the_judge_and_beside_painted_masks(tiny_runs, 
     assert {"mask_fidelity", "spectrum_ratio", "mmd", "mmd_painted"} <= set(figures)
     assert figures["painted"]["dice"] > 0 and "real volumes: Dice" in ended.out
     assert (run / "guidance.png").stat().st_size > 5000
+
+
+def test_imported_weights_compute_what_their_networks_do():
+    figures = last_line(run_process("benchmarks/import_table.py"))  # without monai-generative, which is not installed
+    *networks, u_net = figures["rows"]
+    assert [row["format"] for row in networks] == 3 * ["MONAI 1.6"] + 2 * ["MAISI"]
+    assert figures["largest"] <= 2e-5  # MAISI's own group norms round otherwise than PyTorch's
+    assert networks[-1]["difference"] <= 1e-6
+    assert all(float(row["wrong"]) > 0.1 for row in networks) and "region_index_layer" in u_net["refused"]
