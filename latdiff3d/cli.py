@@ -216,6 +216,44 @@ def inspect(file: Annotated[Path, typer.Argument(help="a NIfTI file")]) -> None:
 
 
 @app.command()
+def convert(
+    config: Annotated[Path, typer.Argument(help="YAML in the format of CompVis' latent-diffusion")],
+    out: Annotated[Path | None, typer.Option(help="the overlay; default: here, by the file's name")] = None,
+    ranks: Annotated[int, typer.Option(help="processes that it was trained on", min=1)] = 1,
+    scale_lr: Annotated[
+        bool, typer.Option(help="the learning rate grew with batch and ranks, CompVis' default")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="replace an overlay that is there")] = False,
+) -> None:
+    """Turn a CompVis-style configuration into an overlay, and say of each of its keys where it went, or why not."""
+    from latdiff3d import compvis_configs, conversion
+
+    converted = compvis_configs.convert(config, ranks, scale_lr)
+    overlay = out or Path(f"{config.stem}_overlay.yaml")
+    conversion.write(overlay, converted.text(), force)
+    print(converted.report(overlay))
+
+
+@app.command(name="import")
+def import_weights(
+    weights: Annotated[
+        Path, typer.Argument(help="a state dict of monai-generative 0.2.3, MONAI or MAISI's autoencoder")
+    ],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as first_stage=autoencoder.pt")] = None,
+    to: Annotated[Path, typer.Option(help="the checkpoint, a .pt file")] = Path("imported.pt"),
+    config: Annotated[list[Path] | None, typer.Option(help="overlay YAML; what it sets is not guessed")] = None,
+    data: Annotated[str | None, typer.Option(help="a data set, to measure an autoencoder's latents over")] = None,
+    scale_factor: Annotated[float | None, typer.Option(help="instead: that of its own diffusion model")] = None,
+) -> None:
+    """Make a checkpoint of weights that were trained elsewhere: an autoencoder, or a denoiser behind one."""
+    from latdiff3d import importing
+    from latdiff3d.config import parse_settings
+
+    given = parse_settings(settings or []) | ({} if data is None else {"dataset_dir": data})
+    print(importing.import_weights(weights, to, config or [], given, scale_factor).report())
+
+
+@app.command()
 def plan(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as batch_size=2")] = None,
     config: Annotated[list[Path] | None, typer.Option(help="overlay YAML, of either stage; may be repeated")] = None,

@@ -33,6 +33,20 @@ def downsampling(network: nn.Module) -> int:
     raise TypeError(f"{type(network).__name__} is no AutoencoderKL, VQVAE, DiffusionModelUNet or UNet.")
 
 
+class TrilinearAutoencoderKL(AutoencoderKL):
+    """AutoencoderKL with the upsampling of MAISI's, trilinear where MONAI's repeats the nearest cell.
+
+    Args:
+        args, network: AutoencoderKL's.
+    """
+
+    def __init__(self, *args: Any, **network: Any) -> None:
+        super().__init__(*args, **network)
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Upsample):
+                module.mode = "trilinear"
+
+
 def placed(network: nn.Module, device: torch.device) -> nn.Module:
     """Return `network` on `device`, on a CPU with convolutions that are exact and fast; the weights' names stay."""
     return (with_cpu_convolutions(network) if device.type == "cpu" else network).to(device)

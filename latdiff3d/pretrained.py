@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,24 @@ def network_from_weights(path: str | Path, architecture: str) -> ResNetFeatures:
     weights = {_own_name(key): value for key, value in read_weights(path, SOURCES[architecture]).items()}
     own = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     unused = re.compile(r"fc\.|.*num_batches_tracked$")
-    faults = {
-        "lacks": [key for key in own if key not in weights],
-        "also has": [key for key in weights if key not in own and not unused.match(key)],
-        "has another shape of": [key for key in own if key in weights and own[key].shape != weights[key].shape],
-    }
-    if any(faults.values()):
-        found = ", ".join(f"{what} {', '.join(keys[:3])} ({len(keys)})" for what, keys in faults.items() if keys)
+    if found := misfits(own, {key: value for key, value in weights.items() if key in own or not unused.match(key)}):
         raise InputError(f"{path} does not fit {architecture}: it {found}. Expected {SOURCES[architecture]}.")
     network.load_state_dict({key: weights[key] for key in own}, strict=False)
     return network
+
+
+def misfits(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> str:
+    """Return in what `weights` differ from a network's `own` in names and shapes, the first three of each and how many.
+
+    Returns:
+        such as "lacks conv1.weight (1), also has conv1.bias, bn1.bias (2)"; "" where they fit.
+    """
+    faults = {
+        "lacks": [key for key in own if key not in weights],
+        "also has": [key for key in weights if key not in own],
+        "has another shape of": [key for key in own if key in weights and own[key].shape != weights[key].shape],
+    }
+    return ", ".join(f"{what} {', '.join(keys[:3])} ({len(keys)})" for what, keys in faults.items() if keys)
 
 
 def read_weights(path: str | Path, source: str) -> dict[str, torch.Tensor]:

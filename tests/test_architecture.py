@@ -14,21 +14,22 @@ FLOORS = [
     {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders"},
     {"model_card", "bundle_metadata", "bundle_files"},
     {"sample_folders"},
-    {"preflight"},
-    {"synthesis", "runs", "reconstruction"},
-    {"checkpointing"},
-    {"segmentation", "quality", "synthesizer", "planning", "editing"},
-    {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"} | {"simulated_memory"},
+    {"preflight", "importing"},
+    {"synthesis", "runs", "reconstruction", "compvis_configs"},
+    {"checkpointing", "compvis_diffusion"},
+    {"segmentation", "quality", "synthesizer", "planning", "editing", "compvis_autoencoder"},
+    {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"}
+    | {"simulated_memory", "conversion"},
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries", "latent_windows"}
     | {"mask_fidelity", "interruption", "tracking"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
     | {"fingerprints", "guidance", "pictures", "tensor_networks", "blending"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
-    {"settings"},
+    {"settings", "architecture"},
     {"bundle_trial"},
     {"covariates", "networks", "quantization", "recompute", "memory", "spectral_loss", "noise_schedules"}
-    | {"coarse_masks", "updates", "training_masks", "training_intensities"},
+    | {"coarse_masks", "updates", "training_masks", "training_intensities", "old_weights"},
     {"volumes"},
     {"intensities"},
     {"transforms", "doctor", "pretrained", "tiling", "stored_scans"},

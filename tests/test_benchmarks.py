@@ -115,3 +115,12 @@ def test_edits_are_measured_outside_at_the_border_and_by_the_judge(tiny_runs, tm
     assert 0 < figures["border_gradient_ratio"] < figures["border_gradient_ratio_pasted"]
     assert {"segmenter_dice", "segmenter_dice_before", "segmenter_dice_real", "lesions_found"} <= set(figures)
     assert list((run / "edited").glob("*/*.png"))
+
+
+def test_imported_weights_compute_what_their_networks_do():
+    figures = last_line(run_process("benchmarks/import_table.py"))  # without monai-generative, which is not installed
+    *networks, u_net = figures["rows"]
+    assert [row["format"] for row in networks] == 3 * ["MONAI 1.6"] + 2 * ["MAISI"]
+    assert figures["largest"] <= 2e-5  # MAISI's own group norms round otherwise than PyTorch's
+    assert networks[-1]["difference"] <= 1e-6
+    assert all(float(row["wrong"]) > 0.1 for row in networks) and "region_index_layer" in u_net["refused"]
