@@ -1,8 +1,8 @@
 """The reference system's training command, a thin door to latdiff3d.
 
-python main.py --base configs/autoencoder.yaml -t --name first dataset_dir=DIR
-python main.py --base configs/diffusion.yaml -t --name second dataset_dir=DIR first_stage=runs/first
-torchrun --nproc_per_node 2 main.py --base configs/autoencoder.yaml -t --gpus 0,1 dataset_dir=DIR
+    python main.py --base configs/autoencoder.yaml -t --name first dataset_dir=DIR
+    python main.py --base configs/diffusion.yaml -t --name second dataset_dir=DIR first_stage=runs/first
+    torchrun --nproc_per_node 2 main.py --base configs/autoencoder.yaml -t --gpus 0,1 dataset_dir=DIR
 """
 
 import argparse

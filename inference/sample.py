@@ -1,6 +1,6 @@
 """The reference system's sampling command, a thin door to latdiff3d.
 
-python inference/sample.py -r runs/diffusion --batch_size 1 --mask case_seg.nii.gz --out samples
+    python inference/sample.py -r runs/diffusion --batch_size 1 --mask case_seg.nii.gz --out samples
 """
 
 import argparse
