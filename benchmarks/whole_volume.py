@@ -9,12 +9,12 @@ a grid of `--size`, or the first alone where that is as large. Without `--run` a
 half the edges, in runs/benchmark_whole_volume, if it is not there yet.
 
 Seams: the mean absolute difference of neighbouring voxels across a border, over that across the planes half a tile to
-either side, where both voxels are foreground (some modality above 0.05). Borders are those of the windows' own parts,
-at the last call of the denoiser, whose prediction is the result, and at each before; and of the decoder's tiles.
-`seam_ratio` is the larger of the last call's and the tiles', all axes together; `seam_worst_axis` the largest of any
-axis alone. What the same figure is for planes that are no borders, at all other distances from them, is `no_seam`: it
-says how far from 1 anatomy alone takes it. --compare adds other ways to place windows; side by side, without overlap,
-is what the figure must be able to see. The last line is a JSON object.
+either side, where both voxels are foreground (some modality above 0.05). Borders are those of the windows' own parts
+and of the decoder's tiles; `seam_ratio` is the larger of the two figures, all axes together, `seam_worst_axis` the
+largest of any axis alone. `no_seam` has, of each, the lowest and the highest for planes that are no borders, at all
+other distances from them: so far from 1 anatomy alone takes it, and farther, the fewer borders there are. --compare
+adds windows that share half, and windows side by side, without overlap, which is what the figure must be able to see.
+The last line is a JSON object.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import numpy as np
 from latdiff3d import memory, runs, synthesizer
 from latdiff3d.cli import door, run_sampling
 from latdiff3d.config import CONFIG_FOLDER
-from latdiff3d.latent_windows import LatentWindows
+from latdiff3d.latent_windows import OVERLAP, LatentWindows
 from latdiff3d.phantoms import write_phantoms
 from latdiff3d.synthesis import Model, cases_of_split
 from latdiff3d.volumes import read_mask
@@ -50,13 +50,7 @@ SMALL = {  # networks that train in minutes on two cores
     "autoencoder_def::channels": [16, 32],
     "denoiser_def::channels": [32, 64],
 }
-ARMS: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "side by side": {"overlap": 0.0, "is_shifting": False},
-    "a quarter shared, still": {"overlap": 0.25, "is_shifting": False},
-    "half shared, still": {"overlap": 0.5, "is_shifting": False},
-    "half shared, moving": {"overlap": 0.5, "is_shifting": True},
-}
+OVERLAPS = {"ours": OVERLAP, "side by side": 0.0, "half shared": 0.5}
 FOREGROUND_ABOVE = 0.05  # in some modality
 
 
@@ -90,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mask = Path(folder) / "whole_seg.nii.gz"
         write_mask(model, data, size, mask)
-        for name in ARMS if given.compare else ["ours"]:
+        for name in OVERLAPS if given.compare else ["ours"]:
             arm = {"run": str(run), "mask": str(mask), "out": f"{folder}/{name}", "memory": given.memory, "arm": name}
             chosen = {"steps": given.steps, "sampler": given.sampler, "guidance": given.guidance, "seed": given.seed}
             made = in_fresh_process({**arm, **chosen})
@@ -99,7 +93,7 @@ def main() -> None:
     ours = found["ours"]
     figures = {
         **{key: ours[key] for key in ("peak_gb", "seam_ratio", "minutes", "seam_worst_axis", "windows", "tiles")},
-        **{key: ours[key] for key in ("no_seam", "by_call", "num_windows", "num_tiles", "foreground", "cpu_minutes")},
+        **{key: ours[key] for key in ("no_seam", "num_windows", "num_tiles", "foreground", "cpu_minutes")},
         "memory_gb": memory.gigabytes(given.memory),
         "size": list(size),
         "steps": given.steps,
@@ -166,8 +160,8 @@ def run_arm(
     run: str, mask: str, out: str, memory: str, arm: str, steps: int, sampler: str, guidance: float, seed: int
 ) -> dict[str, Any]:
     """Sample as the command does, and return peak, time, and the axes of windows and tiles in latent cells."""
-    layout: dict[str, Any] = {"calls": [], "tiles": None, "num_tiles": 1}
-    note(layout, ARMS[arm])
+    layout: dict[str, Any] = {"windows": None, "tiles": None, "num_windows": 0, "num_tiles": 1}
+    note(layout, OVERLAPS[arm])
     begun, used = time.perf_counter(), time.process_time()
     run_sampling(
         run, Path(out), mask=Path(mask), num_samples=1, seed=seed, steps=steps, gpus=None, guidance=guidance,
@@ -182,12 +176,13 @@ def run_arm(
     }
 
 
-def note(layout: dict[str, Any], placing: dict[str, Any]) -> None:
-    """Have `layout` filled with where windows, placed by `placing`, and tiles are, as they are worked off."""
+def note(layout: dict[str, Any], overlap: float) -> None:
+    """Have `layout` filled with where windows and tiles are, in latent cells, as they are worked off."""
 
     class Noting(LatentWindows):
         def prediction(self, *given: Any, **named: Any) -> Any:
-            layout["calls"].append([[(part.start, part.stop) for part in axis] for axis in self.per_axis(given[3])])
+            layout["windows"] = [[(part.start, part.stop) for part in axis] for axis in self.per_axis]
+            layout["num_windows"] += self.number
             return super().prediction(*given, **named)
 
     def tiles_within(*given: Any, **named: Any) -> Any:
@@ -198,7 +193,7 @@ def note(layout: dict[str, Any], placing: dict[str, Any]) -> None:
             layout.update(tiles=axes, num_tiles=len(boxes))
         return tiles
 
-    synthesizer.LatentWindows = partial(Noting, **placing)  # type: ignore[misc, assignment]
+    synthesizer.LatentWindows = partial(Noting, overlap=overlap)  # type: ignore[misc, assignment]
     original, memory.tiles_within = memory.tiles_within, tiles_within
 
 
@@ -227,22 +222,27 @@ def seams(model: Model, size: Sequence[int], volume: np.ndarray, layout: dict[st
     def figure(axes: Any, moved: int = 0, of: Iterable[int] = range(3)) -> float | None:
         return ratio([(planes[k], *borders(axes[k], cell, offsets[k], moved)) for k in of])
 
-    last = layout["calls"][-1] if layout["calls"] else [[]] * 3
-    kinds = {"windows": last, **({"tiles": layout["tiles"]} if layout["tiles"] else {})}
-    by_kind = {kind: figure(axes) for kind, axes in kinds.items()}
-    distances = [b[0] - a[0] for axis in last for a, b in itertools.pairwise(axis)]
-    elsewhere = [figure(last, moved) for moved in range(1, min(distances, default=0))]
+    kinds = {kind: layout[kind] for kind in ("windows", "tiles") if layout[kind]}
+    found = {kind: figure(axes) for kind, axes in kinds.items()}
     single = [figure(axes, of=[k]) for axes in kinds.values() for k in range(3)]
     return {
-        **{f"{kind}": value for kind, value in by_kind.items()},
-        "tiles": by_kind.get("tiles"),
-        "seam_ratio": max((value for value in by_kind.values() if value is not None), default=None),
+        "windows": found.get("windows"),
+        "tiles": found.get("tiles"),
+        "seam_ratio": max((value for value in found.values() if value is not None), default=None),
         "seam_worst_axis": max((value for value in single if value is not None), default=None),
-        "no_seam": [min(known), max(known)] if (known := [value for value in elsewhere if value is not None]) else None,
-        "by_call": [figure(axes) for axes in layout["calls"]],
-        "num_windows": sum(int(np.prod([len(axis) for axis in axes])) for axes in layout["calls"]),
+        "no_seam": {kind: _ends(figure(axes, moved) for moved in _distances(axes)) for kind, axes in kinds.items()},
         "foreground": round(float((volume > FOREGROUND_ABOVE).any(0).mean()), 3),
     }
+
+
+def _distances(axes: Sequence[Sequence[Sequence[int]]]) -> range:
+    """Return by how many cells borders can be moved without one coming to lie on another."""
+    return range(1, min((b[0] - a[0] for axis in axes for a, b in itertools.pairwise(axis)), default=1))
+
+
+def _ends(values: Iterable[float | None]) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    return [min(known), max(known)] if known else None
 
 
 def differences(volume: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -287,8 +287,8 @@ def print_row(name: str, size: Sequence[int], found: dict[str, Any]) -> None:
     print(
         f"{name}: {' × '.join(map(str, size))} in {found['minutes']:.1f} min, {found['num_windows']} windows, "
         f"{found['num_tiles']} tiles, peak {found['peak_gb']:.2f} GB; seams {found['seam_ratio']} (windows "
-        f"{found['windows']}, tiles {found['tiles']}, worst axis {found['seam_worst_axis']}, elsewhere "
-        f"{found['no_seam']})",
+        f"{found['windows']}, tiles {found['tiles']}, worst axis {found['seam_worst_axis']}; "
+        f"without {found['no_seam']})",
         flush=True,
     )
 

@@ -19,48 +19,43 @@ from latdiff3d.guidance import Predict
 from latdiff3d.norms import cut
 from latdiff3d.tiling import along, blended_boxes
 
-OVERLAP = 0.25  # of a window, that neighbours share at least; by benchmarks/whole_volume.py
-# Between calls the windows move by these shares of their distance along D, H and W: g⁻¹, g⁻² and g⁻³ with g⁴ = g + 1,
-# which spread evenly over all places (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
-SHIFTS = (0.8191725134, 0.6710436067, 0.5497004779)
+# Of a window, that neighbours share at least. With half of it borders show no less, by benchmarks/whole_volume.py
+# --compare; nor did they with windows that moved from call to call, at 1.7 times as many of them.
+OVERLAP = 0.25
 
 
 @dataclass(frozen=True)
 class LatentWindows:
     """Where a denoiser looks at latents of any size.
 
-    From call to call the windows move, so that no border between them stays in one place.
-
     Args:
         size: (d, h, w) of the latents, each at least the window's.
         window: (d, h, w) of the training crop's latents.
         overlap: the least share of a window that neighbours have in common.
-        is_shifting: let windows move.
     """
 
     size: tuple[int, ...]
     window: tuple[int, ...]
     overlap: float = OVERLAP
-    is_shifting: bool = True
 
-    def per_axis(self, call: int) -> list[list[slice]]:
-        """Return of each axis the windows of the call with this number, from 0 on."""
-        shifts = [call * share % 1 if self.is_shifting else 0.0 for share in SHIFTS]
+    @property
+    def per_axis(self) -> list[list[slice]]:
+        """Return of each axis the windows."""
         return [
-            along(length, edge, math.ceil(self.overlap * edge), shift=shift)
-            for length, edge, shift in zip(self.size, self.window, shifts, strict=True)
+            along(length, edge, math.ceil(self.overlap * edge))
+            for length, edge in zip(self.size, self.window, strict=True)
         ]
 
-    def number(self, num_calls: int) -> int:
-        """Return how many windows the first `num_calls` calls have in all."""
-        return sum(math.prod(map(len, self.per_axis(call))) for call in range(num_calls))
+    @property
+    def number(self) -> int:
+        """Return how many windows there are."""
+        return math.prod(map(len, self.per_axis))
 
     def prediction(
         self,
         predict: Predict,
         noisy: torch.Tensor,
         condition: Condition,
-        call: int,
         after_each: Callable[[], object] = lambda: None,
     ) -> torch.Tensor:
         """Return the prediction (B, C, D, H, W) for latents of `size`.
@@ -69,7 +64,6 @@ class LatentWindows:
             predict: of latents of the window's size and their condition.
             noisy: z_t, (B, C, D, H, W).
             condition: of the whole.
-            call: its number, from 0 on.
             after_each: called after each window.
         """
 
@@ -78,4 +72,4 @@ class LatentWindows:
             after_each()
             return (made,)
 
-        return blended_boxes(in_box, self.per_axis(call), noisy.device)[0]
+        return blended_boxes(in_box, self.per_axis, noisy.device)[0]

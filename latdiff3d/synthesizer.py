@@ -1,6 +1,5 @@
 """Noise and condition → volumes: denoiser, codec and sampler put together, in previews of training and in sampling."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +101,6 @@ class Synthesizer:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
         condition = condition.to(self.device)
-        calls = itertools.count()
 
         def split(z: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
             def predict(noisy: torch.Tensor, given: Condition) -> torch.Tensor:
@@ -118,12 +116,12 @@ class Synthesizer:
             if windows is None:
                 prediction = guided(z, condition)
             else:
-                prediction = windows.prediction(guided, z, condition, next(calls), bar.update)
+                prediction = windows.prediction(guided, z, condition, bar.update)
             return self.objective.split(prediction, z, alpha, sigma)
 
         noise = noise.to(self.device)
         blend = split if known is None else known.blended(split, noise, self.schedule)
-        number = 0 if windows is None else windows.number(self.num_calls)
+        number = 0 if windows is None else windows.number * self.num_calls
         with progress_bar(total=number, desc="denoising", unit="window", leave=False, disable=not number) as bar:
             latents = self.solve(blend, noise, self.times, self.schedule, generators=generators)
         return self.codec.decode(latents, memory_gb=memory_gb).clamp(0, 1)

@@ -43,23 +43,14 @@ def windows(size: Sequence[int], tile: Sequence[int], overlap: int, multiple: in
     return [Window(_at(per_axis, place), _at(owned, place)) for place in _places(per_axis)]
 
 
-def along(length: int, tile: int, overlap: int, multiple: int = 1, shift: float = 0.0) -> list[slice]:
-    """Return one axis' windows, evenly spread from end to end.
-
-    Args:
-        length, tile, overlap, multiple: see `windows`.
-        shift: by what share of their distance all are moved down, 0 … 1; one more joins them at the upper end. Those
-            that would leave the axis begin or end with it.
-    """
+def along(length: int, tile: int, overlap: int, multiple: int = 1) -> list[slice]:
+    """Return one axis' windows, evenly spread from end to end; see `windows`."""
     if tile >= length:
         return [slice(0, length)]
     assert 0 <= overlap < tile and not any(n % multiple for n in (length, tile, overlap))
-    room = (length - tile) // multiple
     steps = math.ceil((length - tile) / (tile - overlap))
-    starts = [room * i // steps for i in range(steps + 1)]
-    if moved := round(shift * room / steps):
-        starts = sorted({min(max(0, start - moved), room) for start in [*starts, room + moved]})
-    return [slice(start * multiple, start * multiple + tile) for start in starts]
+    starts = [(length - tile) // multiple * i // steps * multiple for i in range(steps + 1)]
+    return [slice(start, start + tile) for start in starts]
 
 
 def blended(

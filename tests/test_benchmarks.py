@@ -100,8 +100,8 @@ def test_a_whole_volume_is_made_in_a_process_of_its_own_and_its_borders_looked_a
     ended = run_process("benchmarks/whole_volume.py", *words, "--memory", "4GB", "--compare")
     figures = last_line(ended)
     assert 0 < figures["peak_gb"] < 4 and figures["seam_ratio"] > 0 and figures["minutes"] > 0
-    assert len(figures["by_call"]) == 2 and figures["tiles"] is None and figures["size"] == [40, 24, 31]
-    assert list(figures["arms"])[:2] == ["ours", "side by side"]
+    assert figures["tiles"] is None and figures["num_windows"] == 2 * 3 * 2 * 3 and figures["size"] == [40, 24, 31]
+    assert list(figures["arms"]) == ["ours", "side by side", "half shared"] and None not in figures["arms"].values()
 
 
 def test_edits_are_measured_outside_at_the_border_and_by_the_judge(tiny_runs, tmp_path):
