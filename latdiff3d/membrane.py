@@ -60,7 +60,9 @@ def membrane(
     preconditioner = sparse.diags(1 / np.where(diagonal > 0, diagonal, 1))
     for k, wanted in enumerate(from_border):
         start = np.full(num_free, wanted.sum() / border_weight)  # the border's mean, exact where that is constant
-        solved[k, free], _ = cg(laplacian, wanted, start, rtol=TOLERANCE, M=preconditioner)
+        solved[k, free], unsolved = cg(laplacian, wanted, start, rtol=TOLERANCE, M=preconditioner)
+        if unsolved:
+            raise RuntimeError(f"the membrane of channel {k} is not solved after {unsolved} steps; it would show.")
     return solved
 
 

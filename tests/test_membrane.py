@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from latdiff3d import membrane as module
 from latdiff3d.membrane import membrane
 
 
@@ -69,3 +70,10 @@ def test_voxels_that_are_not_known_are_no_border():
 def test_without_any_border_it_is_0():
     free = np.ones((3, 3, 3), bool)
     assert (membrane(np.ones((2, 3, 3, 3)), free, ~free) == 0).all()
+
+
+def test_one_that_is_not_solved_is_no_result(monkeypatch):
+    monkeypatch.setattr(module, "cg", lambda matrix, wanted, start, **_: (start, 7))
+    free = ball()
+    with pytest.raises(RuntimeError, match="channel 0 is not solved after 7 steps"):
+        membrane(ramp(free.shape, (1, 2, 3))[None], free, ~free)
