@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from latdiff3d import checkpoints, config, exported
 
 CHECKSUMS = "SHA256SUMS"
@@ -88,14 +90,16 @@ def _pickles(bundle: Path) -> Iterator[str]:
             except checkpoints.UNREADABLE as error:
                 yield f"{file.relative_to(bundle)}: {str(error).splitlines()[0]}"
                 continue
-            if not all(hasattr(value, "shape") for value in weights.values()):
+            if not isinstance(weights, dict) or not all(isinstance(part, torch.Tensor) for part in weights.values()):
                 yield f"{file.relative_to(bundle)} holds more than tensors by name"
 
 
 def _hashes(bundle: Path) -> Iterator[str]:
-    """Compare with SHA256SUMS, where there is one."""
+    """Compare with SHA256SUMS; a bundle without weights, from which none was exported, needs none."""
     sums = bundle / CHECKSUMS
     if not sums.is_file():
+        if has_weights(bundle):
+            yield f"there is no {CHECKSUMS}"
         return
     lines = (line.split("  ", 1) for line in sums.read_text().splitlines())
     listed = {name: digest for digest, name in lines}

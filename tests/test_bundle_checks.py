@@ -81,6 +81,8 @@ def test_what_a_network_gives_must_be_what_the_metadata_say(bundle):
         (lambda b: (b / "models/old.pkl").write_bytes(b"x"), "weights without pickled code", "pickled code"),
         (lambda b: changed(b / "docs/README.md", "Rombach", "Romboch"), "hashes", "docs/README.md is not what"),
         (lambda b: (b / "new.txt").write_text("x"), "hashes", "new.txt is not in SHA256SUMS"),
+        (lambda b: (b / "SHA256SUMS").unlink(), "hashes", "there is no SHA256SUMS"),
+        (lambda b: torch.save([1], b / "models/x.pt"), "weights without pickled code", "more than tensors"),
         (
             lambda b: changed(b / "configs/common.yaml", "dataset_dir: data", "dataset_dir: /home/ann/data"),
             "no absolute paths", "common.yaml names /home/ann/data",
