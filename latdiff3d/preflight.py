@@ -180,7 +180,8 @@ def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measure
     """Say of each class what the model will not be shown, or has not seen."""
     condition = model.synthesizer.condition
     assert isinstance(condition, MaskCondition)
-    crop = place_mask(path, whole, model.preprocessing, model.crop_to, model.whole_cell).mask
+    cell_voxels = model.whole_cell if crop_matters else condition.factor  # nothing is cut off
+    crop = place_mask(path, whole, model.preprocessing, model.crop_to, cell_voxels).mask
     in_crop = measured(crop, model.num_classes).volume_mm3
     shares = MaskCondition(model.num_classes, condition.factor)(crop.as_tensor()[None])  # (1, K, D/f, H/f, W/f)
     largest = shares.amax((0, 2, 3, 4)).tolist()
@@ -191,8 +192,6 @@ def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measure
         label = f"{Path(path).name}: label {model.class_names[k]} ({stored:.4g} mm³)"
         if not on_grid.volume_mm3[k]:
             yield f"{label} is lost at the model's spacing, {_mm(on_grid.spacing_mm)}; the volume will not show it."
-        elif not crop_matters:
-            pass
         elif not in_crop[k]:
             yield f"{label} lies outside the model's crop of {size_text(model.crop_to)} voxels, where the volume is 0."
         else:

@@ -180,6 +180,7 @@ def test_a_part_outside_the_crop_is_a_warning_by_label(model, write):
     assert not errors
     assert "label 2 (432 mm³): 50.00% of it lies outside the model's crop of 16×16×16 voxels" in second
     assert "label 4 (216 mm³) lies outside the model's crop of 16×16×16 voxels, where the volume is 0." in third
+    assert not any("outside" in line for line in examine(model, write(mask), crop_matters=False).warnings)
 
 
 def test_a_label_that_is_lost_on_the_latent_grid_is_named_with_its_volume(model, write):
@@ -191,6 +192,7 @@ def test_a_label_that_is_lost_on_the_latent_grid_is_named_with_its_volume(model,
     lines = examine(replace(model, synthesizer=coarse), path).warnings
     said = "label 4 (54 mm³) is lost on the latent grid, whose cells are 12×12×12 mm; the volume may not show it."
     assert any(line.endswith(said) for line in lines)
+    assert any(line.endswith(said) for line in examine(replace(model, synthesizer=coarse), path, False).warnings)
     assert not any("latent grid" in line for line in examine(model, path).warnings)  # whose cells hold 8 voxels
     packed = replace(model.synthesizer, condition=PackedCondition(4, 4))  # which keeps every voxel
     assert not any("latent grid" in line for line in examine(replace(model, synthesizer=packed), path).warnings)
