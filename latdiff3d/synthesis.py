@@ -292,27 +292,24 @@ class Model:
         factor = self.synthesizer.codec.factor
         num_channels = len(self.synthesizer.codec.latent_mean)
         window = [size // factor for size in self.crop_to]
-        shape = (num_channels, *window)
         if grid is None:
-            volume = self.synthesizer.sample(shape, Condition(None, covariates), [seed])[0]
+            volume = self.synthesizer.sample((num_channels, *window), Condition(None, covariates), [seed])[0]
             affine = centred_affine(self.crop_to, said.get(SPACING) or self.spacing_mm)
             return Sample(volume.cpu(), affine, None, said)
         condition = Condition(self.synthesizer.condition(grid.mask.as_tensor()[None]), covariates)
-        if self.is_whole:
-            shape = (num_channels, *(size // factor for size in grid.mask.shape[1:]))
-            left_gb = None if self.memory_gb is None else self._left_gb(grid, condition)
-            volume = self.synthesizer.sample(shape, condition, [seed], window, left_gb)[0]
-        else:
-            volume = self.synthesizer.sample(shape, condition, [seed])[0]
+        shape = (num_channels, *(size // factor for size in grid.mask.shape[1:]))
+        volume = self.synthesizer.sample(shape, condition, [seed], window, self._left_gb(grid, condition))[0]
         return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid, said)
 
-    def _left_gb(self, grid: ModelGrid, condition: Condition) -> float:
-        """Return what of `memory_gb` is left for decoding."""
+    def _left_gb(self, grid: ModelGrid, condition: Condition) -> float | None:
+        """Return what of `memory_gb` is left for decoding, None where there is no such budget."""
+        if self.memory_gb is None:
+            return None
         synthesizer = self.synthesizer
         held = [grid.mask.nbytes, *(part.nbytes for part in (condition.grid, condition.covariates) if part is not None)]
         volume_bytes = 4 * len(self.modalities) * math.prod(grid.mask.shape)
         networks = [synthesizer.denoiser, synthesizer.codec]
-        return left_of(self.memory_gb or 0, synthesizer.device, networks, sum(held), volume_bytes)
+        return left_of(self.memory_gb, synthesizer.device, networks, sum(held), volume_bytes)
 
     def site_of(self, scan: str | Path, mask: str | Path, region: str | Path | None = None) -> Site:
         """Return a scan, the mask drawn for it and the region to make anew, read and found sound; see `edit`."""
