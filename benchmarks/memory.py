@@ -16,13 +16,12 @@ every tensor in a mapping of its own (MALLOC_MMAP_THRESHOLD_); the times come fr
 import argparse
 import copy
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from fresh_process import in_fresh_process
 
 STAGES = {"stage1": "autoencoder", "unet": "diffusion"}
 # Bytes from which on glibc maps a block by itself. Setting it stops glibc from raising it to 32 MB as blocks are freed.
@@ -53,8 +52,8 @@ def main() -> None:
             for use_checkpoint, found in arms.items():
                 settings = {"use_checkpoint": use_checkpoint}
                 arm = {"stage": stage, "overlays": given.config, "settings": settings, "edge": edge}
-                memory = in_fresh_process({**arm, "steps": 1}, OWN_MAPPING)
-                found.append({**memory, "step_s": in_fresh_process({**arm, "steps": 3})["step_s"]})
+                memory = in_fresh_process(__file__, {**arm, "steps": 1}, OWN_MAPPING)
+                found.append({**memory, "step_s": in_fresh_process(__file__, {**arm, "steps": 3})["step_s"]})
         medians = {
             use_checkpoint: {key: statistics.median(run[key] for run in found) for key in found[0]}
             for use_checkpoint, found in arms.items()
@@ -70,16 +69,6 @@ def main() -> None:
         for key in ("peak_mb", "total_mb", "step_s"):
             results[f"{name}_{key}"] = [round(medians[on][key], 3 if key == "step_s" else 0) for on in (False, True)]
     print(json.dumps(results))
-
-
-def in_fresh_process(arm: dict[str, Any], environment: dict[str, str] | None = None) -> dict[str, float]:
-    """Return what `measure` finds, in a process of its own."""
-    command = [sys.executable, __file__, "--arm", json.dumps(arm)]
-    ended = subprocess.run(command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, text=True)
-    if ended.returncode:
-        sys.exit(f"the arm {arm} failed with code {ended.returncode}; its own words are above.")
-    found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
-    return found
 
 
 def measure(

@@ -15,8 +15,6 @@ import argparse
 import itertools
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from fresh_process import in_fresh_process
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
@@ -64,7 +63,7 @@ def main() -> None:
         arms = {}
         for name, budget_gb in (("at once", None), ("tiles", given.budget_gb)):
             arm = {"run": run, "folder": folder, "name": name, "budget_gb": budget_gb, "precision": given.precision}
-            arms[name] = in_fresh_process(arm)
+            arms[name] = in_fresh_process(__file__, arm)
         at_once, tiled = (np.load(f"{folder}/{name}.npy") for name in arms)
     seam = seam_zone(image.shape[1:], arms["tiles"]["layouts"], arms["tiles"]["factor"])
     difference = np.abs(at_once - tiled)
@@ -130,16 +129,6 @@ def configured(run: str) -> tuple[ConfigParser, dict[str, Any]]:
     content = checkpoints.load(checkpoints.find(run), "autoencoder")
     parser = ConfigParser(yaml.safe_load(content["config"]))
     return parser, content
-
-
-def in_fresh_process(arm: dict[str, Any]) -> dict[str, Any]:
-    """Return what `run_arm` finds, in a process of its own."""
-    command = [sys.executable, __file__, "--arm", json.dumps(arm)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if ended.returncode:
-        sys.exit(ended.returncode)
-    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return found
 
 
 def run_arm(run: str, folder: str, name: str, budget_gb: float | None, precision: str | None) -> dict[str, Any]:

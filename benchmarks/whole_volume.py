@@ -21,8 +21,6 @@ import argparse
 import itertools
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +30,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from fresh_process import in_fresh_process
 
 from latdiff3d import memory, runs, synthesizer
 from latdiff3d.cli import door, run_sampling
@@ -87,7 +86,7 @@ def main() -> None:
         for name in OVERLAPS if given.compare else ["ours"]:
             arm = {"run": str(run), "mask": str(mask), "out": f"{folder}/{name}", "memory": given.memory, "arm": name}
             chosen = {"steps": given.steps, "sampler": given.sampler, "guidance": given.guidance, "seed": given.seed}
-            made = in_fresh_process({**arm, **chosen})
+            made = in_fresh_process(__file__, {**arm, **chosen})
             found[name] = {**made, **seams(model, size, read_volume(Path(folder) / name / "whole", model), made)}
             print_row(name, size, found[name])
     ours = found["ours"]
@@ -144,16 +143,6 @@ def write_mask(model: Model, data: str, size: Sequence[int], path: Path) -> None
         part = next(parts)[tuple(slice(n) for n in room.shape)]
         room[tuple(slice(n) for n in part.shape)] = part
     nib.save(nib.Nifti1Image(labels, np.diag([*model.spacing_mm, 1.0])), path)
-
-
-def in_fresh_process(arm: dict[str, Any]) -> dict[str, Any]:
-    """Return what `run_arm` finds, in a process of its own."""
-    command = [sys.executable, __file__, "--arm", json.dumps(arm)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if ended.returncode:
-        sys.exit(ended.returncode)
-    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return found
 
 
 def run_arm(
