@@ -12,7 +12,9 @@ import argparse
 import json
 from typing import Any
 
-from memory import MB, OWN_MAPPING, in_fresh_process
+import memory
+from fresh_process import in_fresh_process
+from memory import MB, OWN_MAPPING
 
 HIPPOCAMPUS = "configs/hippocampus.yaml"
 CONFIGURATIONS: dict[str, list[tuple[list[str], dict[str, Any]]]] = {
@@ -47,7 +49,7 @@ def main() -> None:
         for overlays, settings in configurations[: 1 if given.short else None]:
             need = simulate(stage, overlays, settings, on_gpu)
             arm = {"stage": stage, "overlays": overlays, "settings": settings, "steps": 1}
-            found = in_fresh_process(arm, OWN_MAPPING)
+            found = in_fresh_process(memory.__file__, arm, OWN_MAPPING)
             row = {
                 "stage": stage,
                 "overlays": overlays,

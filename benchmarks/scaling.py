@@ -30,12 +30,13 @@ import scaling_model as model
 import sharding
 import torch
 from ignite.engine import Engine
-from memory import LATE, random_batch
+from memory import LATE
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from latdiff3d import config, distributed
 from latdiff3d.config import CONFIG_FOLDER
+from latdiff3d.simulated_memory import random_batch
 
 STAGES = {"unet": "diffusion", "stage1": "autoencoder"}
 NUM_RANKS = 2
@@ -253,7 +254,10 @@ class Training:
         self.stage, self.overlays = stage, overlays
         parser = self.fresh_parser()
         self.step = parser.get_parsed_content("train::step")
-        self.batch = random_batch(stage, edge, parser)
+        factor = parser.get_parsed_content("codec").factor if stage == "diffusion" else 1
+        sized = self.fresh_parser()
+        sized["crop_to"] = [edge * factor] * 3
+        self.batch = random_batch(stage, sized)
         self.engine = Engine(lambda engine, batch: None)
         self.engine.state.iteration = LATE
 

@@ -124,3 +124,9 @@ def test_imported_weights_compute_what_their_networks_do():
     assert figures["largest"] <= 2e-5  # MAISI's own group norms round otherwise than PyTorch's
     assert networks[-1]["difference"] <= 1e-6
     assert all(float(row["wrong"]) > 0.1 for row in networks) and "region_index_layer" in u_net["refused"]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "benchmarks").glob("*.py")))
+def test_every_benchmark_finds_what_it_imports(script):
+    ended = run_process("-c", f"import runpy; runpy.run_path('benchmarks/{script}')")
+    assert ended.code == 0, ended.err
