@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from conftest import TINY, TINY_AUTOENCODER, run_process
+from conftest import REPOSITORY, TINY, TINY_AUTOENCODER, run_process
 
 from latdiff3d.phantoms import write_phantoms
 
