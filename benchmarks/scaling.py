@@ -4,8 +4,10 @@
 
 Steps of the configuration's `train::step` on random batches in float32 on the CPU, each process with `--threads` of its
 own: stage 2's U-Net on 12³ latents, stage 1 on 48³ crops with the discriminator active. In turn, blocks of steps of one
-process alone, of two independent ones side by side, and of two ranks that train together; medians of five rounds, of
-two with --short. What two independent ones reach together is the host's ceiling: cores share their memory and clock.
+process alone, of two independent ones side by side, and of two ranks that train together, each after a step that does
+not count, for an idle process's memory grows cold; medians of five rounds, of two with --short. What two independent
+ones reach together is the host's ceiling: cores share their memory and clock. `share_2_if_waiting` is what is left of
+it where the same two, in each step, wait for the slower, as ranks have to.
 
 Beside that: the bytes and messages of a step, counted in the collectives and on the loopback, and the time of the
 all-reduce alone. --alternatives compares our update with PyTorch's other ways, see sharding.py. The table for many GPUs
@@ -14,6 +16,7 @@ here, or for `--gpu-step-s`. The last line is a JSON object.
 """
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -116,9 +119,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     num_rounds, num_steps = (2, 1) if given.short else (5, 3)
     independent, ranks = [Worker(stage, given) for _ in range(NUM_RANKS)], two_ranks(stage, given)
     arms = {"alone": independent[:1], "side by side": independent, "two ranks": ranks}
-    for workers in (independent, ranks):
-        asked(workers, "train", 1)  # the first step allocates
-    rates, cpu_s, loopback = race(arms, num_rounds, num_steps)
+    rates, cpu_s, waiting, loopback = race(arms, num_rounds, num_steps)
     messages = asked(ranks, "messages")[0]
     gradient_bytes = sum(size for size in messages if size > SCALAR_BYTES)
     reduce_s = max(asked(ranks, "all_reduce", gradient_bytes, num_rounds))
@@ -133,6 +134,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
         "host_ceiling_2": round(ceiling / alone, 3),
         "share_2": round(together / ceiling, 3),
         "share_2_range": [round(min(shares), 3), round(max(shares), 3)],
+        "share_2_if_waiting": round(statistics.median(waiting["side by side"]), 3),
         "share_2_model": round(model.efficiency(NUM_RANKS * batch_size / ceiling, reduce_s), 3),
         "step_s": round(batch_size / alone, 3),
         "cpu_s": [round(statistics.median(cpu_s[arm]), 3) for arm in ("side by side", "two ranks")],
@@ -147,6 +149,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     print(f"{name}: samples/s alone {alone:.3f}, two side by side {ceiling:.3f}, two ranks {together:.3f}")
     print(
         "  two ranks reach {share_2} of two independent ones; in the rounds {share_2_range[0]} to {share_2_range[1]}\n"
+        "  independent ones that waited for each other after each step would reach {share_2_if_waiting}\n"
         "  CPU time of a process, a step: {cpu_s[0]} s, of a rank {cpu_s[1]} s\n"
         "  a step: {gflop} GFLOP; {num_messages} messages, of which {num_scalars} of a few numbers\n"
         "  a rank sends {sent_mb} MB in a ring; on the loopback it sent {loopback_mb} MB\n"
@@ -160,24 +163,30 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def race(
     arms: dict[str, list[Worker]], num_rounds: int, num_steps: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]], list[float]]:
     """Let each arm's workers train in turn.
 
     Returns:
-        For each arm and round the samples/s of its workers together, and the CPU seconds of one of them a step; and
-        for each round the bytes that a worker of the last arm sent over the loopback in a step.
+        For each arm and round the samples/s of its workers together, the CPU seconds of one of them a step, and the
+        share of those samples/s that would be left if each step took as long as the slowest worker's; and for each
+        round the bytes that a worker of the last arm sent over the loopback in a step.
     """
     rates: dict[str, list[float]] = {arm: [] for arm in arms}
     cpu_s: dict[str, list[float]] = {arm: [] for arm in arms}
+    waiting: dict[str, list[float]] = {arm: [] for arm in arms}
     sent = []
     for _ in range(num_rounds):
         for arm, workers in arms.items():
+            asked(workers, "train", 1)
             before = sharding.loopback_bytes()
             found = asked(workers, "train", num_steps)
-            rates[arm].append(sum(rate for rate, _ in found))
-            cpu_s[arm].append(statistics.mean(seconds for _, seconds in found))
+            rates[arm].append(sum(rate for rate, _, _ in found))
+            cpu_s[arm].append(statistics.mean(seconds for _, seconds, _ in found))
+            steps = [step_s for _, _, step_s in found]
+            independent = sum(num_steps / sum(own) for own in steps)
+            waiting[arm].append(len(steps) * num_steps / sum(map(max, *steps)) / independent if len(steps) > 1 else 1.0)
         sent.append((sharding.loopback_bytes() - before) / len(workers) / num_steps)
-    return rates, cpu_s, sent
+    return rates, cpu_s, waiting, sent
 
 
 def alternatives(given: argparse.Namespace) -> dict[str, Any]:
@@ -273,14 +282,19 @@ class Training:
         """Return how many volumes a batch holds."""
         return len(next(iter(self.batch.values())))
 
-    def train(self, num_steps: int) -> tuple[float, float]:
-        """Return the samples/s of `num_steps` steps, and the CPU seconds of each, which other programs disturb less."""
-        begun, cpu_begun = time.perf_counter(), time.process_time()
+    def train(self, num_steps: int) -> tuple[float, float, list[float]]:
+        """Return the samples/s of `num_steps` steps, the CPU seconds of one, and the seconds that each took.
+
+        Other programs disturb CPU seconds less.
+        """
+        cpu_begun, ends = time.process_time(), [time.perf_counter()]
         for _ in range(num_steps):
             self.engine.state.iteration += 1
             self.step(self.engine, self.batch)
+            ends.append(time.perf_counter())
         cpu_s = time.process_time() - cpu_begun
-        return num_steps * self.num_samples() / (time.perf_counter() - begun), cpu_s / num_steps
+        step_s = [end - begun for begun, end in itertools.pairwise(ends)]
+        return num_steps * self.num_samples() / sum(step_s), cpu_s / num_steps, step_s
 
     def flop(self) -> int:
         """Return the multiplications and additions of a step's convolutions and products, counted as they run."""

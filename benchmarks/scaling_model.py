@@ -86,7 +86,7 @@ def scalar_s(num_gpus: int, links: Links) -> float:
 def flat_s(step: Step, num_gpus: int, links: Links) -> float:
     """Return the seconds a step communicates as it is now: after the backward, all gradients in one message.
 
-    They are copied into it and back, which reads and writes them twice.
+    They are copied into it, and divided there, which reads and writes them twice.
     """
     copies_s = 0.0 if num_gpus == 1 else 4 * step.gradient_bytes / (links.memory_gb_s * 1e9)
     reduction_s = all_reduce_s(step.gradient_bytes, num_gpus, links)

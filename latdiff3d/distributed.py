@@ -146,18 +146,20 @@ def same_as_first(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over all ranks, in one message.
+    """Replace each gradient by its mean over all ranks, in one message, of which it becomes a part.
 
     A step looks at a network several times and takes gradients on the way (the adaptive weight, the discriminator's
     two looks), which DistributedDataParallel's hooks are not made for; the mean is the same.
     """
     if num_ranks() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])  # (n,), the one copy made
+    given = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for _, gradient in given])  # (n,), the one copy made
     dist.all_reduce(flat)
-    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        torch.div(total.view_as(gradient), num_ranks(), out=gradient)
+    flat /= num_ranks()
+    means = flat.split([gradient.numel() for _, gradient in given])
+    for (parameter, gradient), mean in zip(given, means, strict=True):
+        parameter.grad = mean.view_as(gradient)
 
 
 def _life() -> str:

@@ -138,15 +138,16 @@ def update(
         DivergedError: when the loss is not a finite number, on any rank, or its gradients are not, however little they
             are scaled; the weights are then as before.
     """
+    if group.is_first:
+        optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss / group.size).backward()
+    # Asked after the backward, where ranks wait for each other anyway, and a GPU is not made to wait for the answer.
     if not torch.isfinite(mean_over_ranks(loss)):
         named = str(loss.item()) if not torch.isfinite(loss) else "no number on another rank, and stayed one here,"
         raise DivergedError(
             f"the loss of {type(network).__name__} became {named} at {group.place}; lower learning_rate, or look at "
             "the data with `latdiff3d doctor`."
         )
-    if group.is_first:
-        optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss / group.size).backward()
     scaler.skipped = False
     if not group.is_last:
         return
