@@ -3,11 +3,11 @@
     python benchmarks/scaling.py [--short] [--alternatives] [--config configs/hippocampus.yaml] [--gpu-step-s 0.05]
 
 Steps of the configuration's `train::step` on random batches in float32 on the CPU, each process with `--threads` of its
-own: stage 2's U-Net on 12³ latents, stage 1 on 48³ crops with the discriminator active. In turn, blocks of steps of one
-process alone, of two independent ones side by side, and of two ranks that train together, each after a step that does
-not count, for an idle process's memory grows cold; medians of five rounds, of two with --short. What two independent
-ones reach together is the host's ceiling: cores share their memory and clock. `share_2_if_waiting` is what is left of
-it where the same two, in each step, wait for the slower, as ranks have to.
+own: stage 2's U-Net, and stage 1 with the discriminator active, as docs/hippocampus.md trains them. In turn, blocks of
+steps of one process alone, of two independent ones side by side, and of two ranks that train together, each after a
+step that does not count, for an idle process's memory grows cold; medians of five rounds, of two with --short. What two
+independent ones reach together is the host's ceiling: cores share their memory and clock. `share_2_if_waiting` is what
+is left of it where the same two, in each step, wait for the slower, as ranks have to.
 
 Beside that: the bytes and messages of a step, counted in the collectives and on the loopback, and the time of the
 all-reduce alone. --alternatives compares our update with PyTorch's other ways, see sharding.py. The table for many GPUs
@@ -52,10 +52,10 @@ def main() -> None:
     """Measure each stage, then the alternatives, and print the model's table."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--short", action="store_true", help="2 rounds of 1 step instead of 5 of 3")
-    arguments.add_argument("--config", action="append", help="an overlay of the bundle; default: hippocampus.yaml")
+    arguments.add_argument("--config", action="append", help="an overlay; default: the Hippocampus recipe")
     arguments.add_argument("--threads", type=int, default=1, help="of each process")
-    arguments.add_argument("--latent", type=int, default=12, help="edge of stage 2's latents in cells")
-    arguments.add_argument("--crop", type=int, default=48, help="edge of stage 1's crops in voxels")
+    arguments.add_argument("--latent", type=int, help="edge of stage 2's latents in cells; default: the crop's")
+    arguments.add_argument("--crop", type=int, help="edge of stage 1's crops in voxels; default: the crop's")
     arguments.add_argument("--stage", choices=STAGES, action="append", help="measure this one alone; may be repeated")
     arguments.add_argument("--alternatives", action="store_true", help="compare PyTorch's other ways for stage 2")
     arguments.add_argument("--gpu-step-s", type=float, nargs="+", default=[0.01, 0.05, 0.2], help="assumed, on a GPU")
@@ -84,7 +84,7 @@ class Worker:
         context = get_context("spawn")
         self.connection, other = context.Pipe()
         edge = given.crop if stage == "autoencoder" else given.latent
-        settings = (other, stage, given.config or [CONFIG_FOLDER / "hippocampus.yaml"], edge, given.threads, rank, port)
+        settings = (other, stage, given.config or recipe(stage), edge, given.threads, rank, port)
         self.process = context.Process(target=serve, args=settings, daemon=True)
         self.process.start()
         other.close()
@@ -93,6 +93,11 @@ class Worker:
         """Let the process end."""
         self.connection.send(None)
         self.process.join()
+
+
+def recipe(stage: str) -> list[Any]:
+    """Return the overlays that docs/hippocampus.md trains a stage with."""
+    return [CONFIG_FOLDER / "hippocampus.yaml", CONFIG_FOLDER / f"hippocampus_{stage}.yaml"]
 
 
 def asked(workers: Sequence[Worker], what: str, *arguments: Any) -> list[Any]:
@@ -235,7 +240,7 @@ def extrapolated(figures: dict[str, Any], given: argparse.Namespace) -> dict[str
 
 
 def serve(
-    connection: Connection, stage: str, overlays: list[Any], edge: int, threads: int, rank: int, port: int | None
+    connection: Connection, stage: str, overlays: list[Any], edge: int | None, threads: int, rank: int, port: int | None
 ) -> None:
     """Be a worker: do what is asked until asked to end."""
     if port is not None:
@@ -256,16 +261,17 @@ class Training:
     Args:
         stage: "autoencoder" or "diffusion".
         overlays: of the bundle.
-        edge: of the cubic input.
+        edge: of the cubic input; None: that of the configuration's crop.
     """
 
-    def __init__(self, stage: str, overlays: list[Any], edge: int) -> None:
+    def __init__(self, stage: str, overlays: list[Any], edge: int | None) -> None:
         self.stage, self.overlays = stage, overlays
         parser = self.fresh_parser()
         self.step = parser.get_parsed_content("train::step")
         factor = parser.get_parsed_content("codec").factor if stage == "diffusion" else 1
         sized = self.fresh_parser()
-        sized["crop_to"] = [edge * factor] * 3
+        if edge is not None:
+            sized["crop_to"] = [edge * factor] * 3
         self.batch = random_batch(stage, sized)
         self.engine = Engine(lambda engine, batch: None)
         self.engine.state.iteration = LATE
