@@ -12,7 +12,7 @@ ROOT = Path(latdiff3d.__file__).parent
 FLOORS = [
     {"cli"},
     {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders"},
-    {"model_card", "bundle_metadata", "bundle_files"},
+    {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs"},
     {"sample_folders"},
     {"preflight", "importing"},
     {"synthesis", "runs", "reconstruction", "compvis_configs"},
