@@ -21,11 +21,13 @@ from latdiff3d import intensities
 from latdiff3d.blending import Known
 from latdiff3d.checks import affine_problem, grid_problem
 from latdiff3d.codec import LatentCodec
+from latdiff3d.conditioning import Condition
 from latdiff3d.errors import InputError
 from latdiff3d.membrane import membrane
 from latdiff3d.readers import read_header, read_volume, shape_problem, size_text
 from latdiff3d.scan_noise import noise_level, unit_noise
 from latdiff3d.stored_scans import StoredChannel, read_stored
+from latdiff3d.synthesizer import Synthesizer
 from latdiff3d.volumes import ModelGrid, place_mask, read_mask
 
 TOUCHED = 1e-3  # of a voxel of the model's grid: a smaller share of it in the region is rounding
@@ -185,6 +187,21 @@ def site_of(
     image = grid.crop(SpatialPad(crop_to, mode="edge")(on_grid["image"]))  # padded as in training
     cropped = (torch.as_tensor(each) for each in (image, grid.crop(grid.pad(free))))
     return Site(files, channels, affine, inside, air, labels, reference, grid, *cropped)
+
+
+def edited(site: Site, synthesizer: Synthesizer, condition: Condition, seed: int, noise: bool = True) -> Edit:
+    """Return a scan whose region shows what the mask has drawn there; all other voxels are the scan's own.
+
+    Args:
+        site: from `site_of`.
+        synthesizer: the model's.
+        condition: of one volume, the site's mask and its covariates.
+        seed: of the noise.
+        noise: lay noise as strong as the scan's over the region; an autoencoder keeps hardly any.
+    """
+    known = site.known(synthesizer.codec)
+    decoded = synthesizer.sample(known.latents.shape[1:], condition, [seed], known=known)[0].cpu()
+    return Edit(site, site.filled(decoded, seed if noise else None), decoded)
 
 
 def _one_grid(paths: Sequence[str]) -> np.ndarray:

@@ -16,8 +16,8 @@ FLOORS = [
     {"sample_folders"},
     {"preflight", "importing"},
     {"synthesis", "runs", "reconstruction", "compvis_configs"},
-    {"checkpointing", "compvis_diffusion"},
-    {"segmentation", "quality", "synthesizer", "planning", "editing", "compvis_autoencoder"},
+    {"checkpointing", "compvis_diffusion", "editing"},
+    {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"}
     | {"simulated_memory", "conversion"},
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries", "latent_windows"}
