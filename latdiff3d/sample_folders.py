@@ -17,7 +17,7 @@ from latdiff3d.pictures import write_pictures
 from latdiff3d.provenance import computed_on, sidecar_of
 from latdiff3d.synthesis import Model, Sample
 from latdiff3d.training_intensities import training_reference
-from latdiff3d.volumes import case_name, read_mask, sidecar_file, write_synthetic
+from latdiff3d.volumes import case_name, labels_of, read_mask, sidecar_file, write_synthetic
 
 _SUFFIXES = f"{', '.join(MASK_SUFFIXES[:-1])} or {MASK_SUFFIXES[-1]}"
 _BESIDE_THE_POINT = ("Path", "Name", "Warnings")  # of a sidecar: what changes no volume
@@ -180,10 +180,11 @@ def make(model: Model, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[s
     with progress_bar(total=len(jobs), desc="sampling", unit="volume") as bar:
         for job in jobs:
             sample = model.sample(job.mask, job.seed, job.known)
-            on_mask = sample.grid is not None and job.on_mask_grid
-            volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
-            labels = read_mask(job.mask, model.label_map)[0] if job.mask is not None and on_mask else None
-            shown = labels if sample.grid is None or on_mask else np.asarray(sample.grid.mask[0])
+            volume, affine, labels = sample.volume.numpy(), sample.affine, None
+            shown = None if sample.grid is None else np.asarray(sample.grid.mask[0])
+            if sample.grid is not None and job.on_mask_grid:
+                volume, affine = sample.on_mask_grid()
+                shown = labels = labels_of(sample.grid.stored, model.label_map)
             sidecar = sidecar_file(Path(out), job.name)
             sidecar.parent.mkdir(exist_ok=True)
             sidecar.unlink(missing_ok=True)

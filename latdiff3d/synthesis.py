@@ -25,7 +25,7 @@ from latdiff3d.memory import left_of
 from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
 from latdiff3d.transforms import LoadVolumed
-from latdiff3d.volumes import ModelGrid, centred_affine, mask_on_model_grid, read_mask
+from latdiff3d.volumes import ModelGrid, centred_affine, mask_on_model_grid
 
 # What may differ between samples of one model; all else is as it was trained.
 SAMPLING_SETTINGS = (
@@ -54,7 +54,7 @@ class Sample:
     def on_mask_grid(self) -> tuple[np.ndarray, np.ndarray]:
         """Return volume (C, D, H, W) and affine on the mask file's own grid, 0 where that is larger than the crop."""
         assert self.grid is not None
-        return self.grid.to_mask_grid(self.volume), read_mask(self.grid.path)[1]
+        return self.grid.to_mask_grid(self.volume), np.asarray(self.grid.stored.affine, dtype=float)
 
 
 @dataclass
@@ -310,7 +310,8 @@ class Model:
         if self.memory_gb is None:
             return None
         synthesizer = self.synthesizer
-        held = [grid.mask.nbytes, *(part.nbytes for part in (condition.grid, condition.covariates) if part is not None)]
+        given = [part for part in (condition.grid, condition.covariates) if part is not None]
+        held = [part.nbytes for part in (grid.stored, grid.mask, *given)]
         volume_bytes = 4 * len(self.modalities) * math.prod(grid.mask.shape)
         networks = [synthesizer.denoiser, synthesizer.codec]
         return left_of(self.memory_gb, synthesizer.device, networks, sum(held), volume_bytes)
