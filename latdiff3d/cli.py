@@ -337,47 +337,31 @@ def run_sampling(
         SystemExit: with `SOME_LEFT_OUT`, after the others are done, where some masks cannot.
     """
     import latdiff3d
-    from latdiff3d import preflight, sample_folders, synthesis
+    from latdiff3d import preflight, sample_folders
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
     from latdiff3d.memory import gigabytes
+    from latdiff3d.sampling_jobs import Request
 
-    if grid not in ("mask", "crop"):
-        raise InputError(f"grid is {grid!r}; expected mask or crop.")
     require_counts(num_samples, seed)
     if mask is not None and data is not None:
         raise InputError("--mask and --data are both given; expected one of them.")
     if memory is not None and not whole:
         raise InputError(f"--memory is {memory!r}, which only whole volumes keep to; add --whole, or leave it out.")
     memory_gb = gigabytes(memory or WHOLE_MEMORY)
-    given = parse_covariates(covariates or [])
+    request = Request(mask, data, split, num_samples, seed, grid, parse_covariates(covariates or []))
     loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     if label_map is not None:
         loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
     if whole:
         loaded = loaded.for_whole_masks(memory_gb)
-    if data is not None:
-        cases = synthesis.cases_of_split(loaded, data, split)
-        masks: list[Any] = [case["mask"] for case in cases]
-        known = [synthesis.known_of(loaded, case) | given for case in cases]
-    else:
-        masks = sample_folders.masks_at(mask) if mask is not None else []
-        known = [given] * max(len(masks), 1)
     writing = sample_folders.Writing(picture, gif, sample_folders.reference_for(loaded, like), int16)
-    jobs, refused = sample_folders.jobs_for(loaded, masks, num_samples, seed, grid == "mask", known, writing)
-    if len(masks) == len(refused) == 1:
-        raise InputError(*refused.values())
-    for line in refused.values():
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    if not jobs:
-        raise InputError(f"none of the {len(masks)} masks can be used; each is named above.")
-    left = [job for job in jobs if not sample_folders.is_made(job, out)]
-    for _ in sample_folders.make(loaded, left, out):
+    work = request.work(loaded, out, writing)
+    for _ in sample_folders.make(loaded, work.left, out):
         pass
-    before = f"; {len(jobs) - len(left)} of them were there" if len(left) < len(jobs) else ""
-    print(f"{len(jobs)} synthetic cases are in {out}, such as {out / jobs[0].name}{before}")
-    if refused:
-        print(f"{len(refused)} of {len(masks)} masks are left out; each is named above.", file=sys.stderr)
+    print(work.said(out))
+    if work.refused:
+        print(f"{len(work.refused)} of {work.num_masks} masks are left out; each is named above.", file=sys.stderr)
         raise SystemExit(SOME_LEFT_OUT)
 
 

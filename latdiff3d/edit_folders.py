@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from latdiff3d import preflight
 from latdiff3d.checkpoints import sha256
-from latdiff3d.editing import Edit, Site
+from latdiff3d.editing import Edit, Site, edited
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.layouts import scan_name
@@ -40,7 +40,7 @@ def jobs_for(
         seed: of the first.
         known: covariates by name.
         writing: its pictures alone count.
-        noise: see `Model.edit`.
+        noise: see `editing.edited`.
 
     Raises:
         InputError: see `Model.site_of`, `preflight.examine` and `Model.numbers_of`.
@@ -77,7 +77,8 @@ def jobs_for(
 def make(model: Model, site: Site, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[str, Edit, list[Path]]]:
     """Make the edits of `jobs_for` in `out`, with a progress bar, and yield case, edit and the scan's files of each."""
     for job in progress_bar(jobs, desc="editing", unit="volume"):
-        edit = model.edit_site(site, job.seed, job.known, job.provenance["Noise"])
+        condition = model.condition_of(site.grid, model.numbers_of(job.known, site.grid))
+        edit = edited(site, model.synthesizer, condition, job.seed, job.provenance["Noise"])
         sidecar = sidecar_file(Path(out), job.name)
         sidecar.parent.mkdir(parents=True, exist_ok=True)
         sidecar.unlink(missing_ok=True)  # of what was there before; the new one comes last

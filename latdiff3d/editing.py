@@ -21,12 +21,14 @@ from latdiff3d import intensities
 from latdiff3d.blending import Known
 from latdiff3d.checks import affine_problem, grid_problem
 from latdiff3d.codec import LatentCodec
+from latdiff3d.conditioning import Condition
 from latdiff3d.errors import InputError
 from latdiff3d.membrane import membrane
 from latdiff3d.readers import read_header, read_volume, shape_problem, size_text
 from latdiff3d.scan_noise import noise_level, unit_noise
 from latdiff3d.stored_scans import StoredChannel, read_stored
-from latdiff3d.volumes import ModelGrid, place_mask, read_mask
+from latdiff3d.synthesizer import Synthesizer
+from latdiff3d.volumes import ModelGrid, labels_of, place_mask
 
 TOUCHED = 1e-3  # of a voxel of the model's grid: a smaller share of it in the region is rounding
 NOISE_MARGIN = 3  # voxels around a region's box whose noise is told with it
@@ -164,9 +166,10 @@ def site_of(
             large for the crop, or covers all of the scan; or no region where the mask's labels are not one part.
     """
     affine = _one_grid([*files, str(mask), *([] if region is None else [str(region)])])
-    on_grid = preprocessing({"image": list(files), "mask": str(mask)})
+    stored = read_volume(str(mask))
+    on_grid = preprocessing({"image": list(files), "mask": stored})
     channels, reference = read_stored(files), intensities.reference(files, preprocessing)
-    labels = read_mask(mask, label_map)[0]
+    labels = labels_of(stored, label_map)
     spacing_mm = np.linalg.norm(np.asarray(on_grid["image"].affine)[:3, :3], axis=0)
     margin_mm = factor * float(spacing_mm.max())
     name = f"{mask} with {margin_mm:.3g} mm around it" if region is None else str(region)
@@ -181,10 +184,25 @@ def site_of(
     matched = ResampleToMatch()(touched, on_grid["image"], mode="bilinear", padding_mode="zeros")
     free = (torch.as_tensor(matched) > TOUCHED).float()  # (1, D, H, W) of the whole scan
     _require_room(name, free, crop_to, factor)
-    grid = place_mask(mask, on_grid["mask"], preprocessing, crop_to, around=free)
+    grid = place_mask(stored, on_grid["mask"], preprocessing, crop_to, around=free)
     image = grid.crop(SpatialPad(crop_to, mode="edge")(on_grid["image"]))  # padded as in training
     cropped = (torch.as_tensor(each) for each in (image, grid.crop(grid.pad(free))))
     return Site(files, channels, affine, inside, air, labels, reference, grid, *cropped)
+
+
+def edited(site: Site, synthesizer: Synthesizer, condition: Condition, seed: int, noise: bool = True) -> Edit:
+    """Return a scan whose region shows what the mask has drawn there; all other voxels are the scan's own.
+
+    Args:
+        site: from `site_of`.
+        synthesizer: the model's.
+        condition: of one volume, the site's mask and its covariates.
+        seed: of the noise.
+        noise: lay noise as strong as the scan's over the region; an autoencoder keeps hardly any.
+    """
+    known = site.known(synthesizer.codec)
+    decoded = synthesizer.sample(known.latents.shape[1:], condition, [seed], known=known)[0].cpu()
+    return Edit(site, site.filled(decoded, seed if noise else None), decoded)
 
 
 def _one_grid(paths: Sequence[str]) -> np.ndarray:

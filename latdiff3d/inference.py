@@ -1,7 +1,6 @@
 """A bundle's programs behind training: sample volumes, and measure trained weights on the validation cases."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from latdiff3d import checkpoints, config, distributed, runs, sample_folders
 from latdiff3d.errors import SOME_LEFT_OUT, InputError
 from latdiff3d.memory import gigabytes
 from latdiff3d.sample_folders import Job, Writing
-from latdiff3d.synthesis import SAMPLING_SETTINGS, Model, cases_of_split, known_of
+from latdiff3d.sampling_jobs import Request
+from latdiff3d.synthesis import SAMPLING_SETTINGS, Model
 
 # Of common.yaml: what sampling takes from this configuration, not from the model's own.
 OF_SAMPLING = ("bundle_root", "dataset_dir", "seed", "gpus")
@@ -67,10 +67,8 @@ def sample() -> None:
         jobs: Jobs = parser.get_parsed_content("dataset")
         if len(jobs):
             parser.get_parsed_content("evaluator").run()
-        out, before = parser["out"], jobs.num_in_all - jobs.num_left
-        there = f"; {before} of them were there" if before else ""
-        print(f"{jobs.num_in_all} synthetic cases are in {out}, such as {Path(out) / jobs.first}{there}", flush=True)
-    if jobs.refused:
+        print(jobs.work.said(parser["out"]), flush=True)
+    if jobs.work.refused:
         raise SystemExit(SOME_LEFT_OUT)
 
 
@@ -137,10 +135,11 @@ class Jobs(Dataset[Job]):
         writing: see there.
 
     Attributes:
-        refused: of each mask that cannot be used, by its file, what is wrong with it.
+        work: of all ranks.
+        jobs: this rank's share of what is left of it.
 
     Raises:
-        InputError: as `sample_folders.jobs_for`, or where no mask can be used.
+        InputError: a number of volumes that is none, or see `sampling_jobs.Request`.
     """
 
     def __init__(
@@ -156,24 +155,13 @@ class Jobs(Dataset[Job]):
         known: Mapping[str, Any],
         writing: Writing,
     ) -> None:
-        if grid not in ("mask", "crop"):
-            raise InputError(f"grid is {grid!r}; expected mask or crop.")
         if not isinstance(num_samples, int) or num_samples < 1:
             raise InputError(f"num_samples is {num_samples!r}; expected a whole number from 1 on.")
-        masks: list[Any] = sample_folders.masks_at(mask) if mask else []
-        given = [dict(known)] * max(len(masks), 1)
-        if not mask and model.is_conditional:
-            cases = cases_of_split(model, data, split)
-            masks, given = [case["mask"] for case in cases], [known_of(model, case) | dict(known) for case in cases]
-        jobs, self.refused = sample_folders.jobs_for(model, masks, num_samples, seed, grid == "mask", given, writing)
-        for line in self.refused.values() if distributed.rank() == 0 else ():
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        if not jobs:
-            raise InputError(f"none of the {len(masks)} masks can be used; each is named above.")
-        left = [job for job in jobs if not sample_folders.is_made(job, out)]
+        of_split = None if mask or not model.is_conditional else data
+        request = Request(mask or None, of_split, split, num_samples, seed, grid, known)
+        self.work = request.work(model, out, writing)
         distributed.gather(None)  # none is made before every rank has looked which are there
-        self.num_in_all, self.num_left, self.first = len(jobs), len(left), jobs[0].name
-        self.jobs = left[distributed.rank() :: distributed.num_ranks()]
+        self.jobs = self.work.left[distributed.rank() :: distributed.num_ranks()]
 
     def __len__(self) -> int:
         return len(self.jobs)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from latdiff3d.pictures import write_pictures
 from latdiff3d.synthesis import Model
-from latdiff3d.volumes import read_mask
+from latdiff3d.volumes import labels_of
 
 CURVES, SAMPLE = "training.png", "sample"
 
@@ -148,7 +148,7 @@ def _write_sample(docs: Path, model: Model, mask: Any) -> None:
         volume, affine, labels = sample.volume.numpy(), sample.affine, None
     else:
         volume, affine = sample.on_mask_grid()
-        labels = read_mask(mask, model.label_map)[0]
+        labels = labels_of(sample.grid.stored, model.label_map)
     write_pictures(docs, SAMPLE, volume, affine, labels, model.modalities)
 
 

@@ -52,11 +52,12 @@ def examine(model: Model, mask: str | Path, crop_matters: bool = True) -> Findin
     path = str(mask)
     try:
         header = read_header(path)
-        wrong = shape_problem(path, header.shape, 1) or affine_problem(path, header.affine)
-        errors = [wrong] if wrong else _label_errors(model, read_volume(path), Path(path).name)
-        if errors:
+        if wrong := shape_problem(path, header.shape, 1) or affine_problem(path, header.affine):
+            return Findings([wrong], [])
+        stored = read_volume(path)
+        if errors := _label_errors(model, stored, Path(path).name):
             return Findings(errors, [])
-        whole = model.preprocessing({"mask": path})["mask"]  # (1, D, H, W), mapped, RAS, the model's spacing
+        whole = model.preprocessing({"mask": stored})["mask"]  # (1, D, H, W), mapped, RAS, the model's spacing
     except Exception as error:
         mistake = root_input_error(error)
         if mistake is None:
@@ -64,10 +65,11 @@ def examine(model: Model, mask: str | Path, crop_matters: bool = True) -> Findin
         return Findings([str(mistake)], [])
     on_grid = measured(whole, model.num_classes)
     warnings = [*_header_warnings(path, header.stores_integers), *_grid_warnings(model, path, on_grid)]
-    if not any(on_grid.volume_mm3[1:]) and not any(_before_resampling(model, path, on_grid).volume_mm3[1:]):
+    unresampled = _before_resampling(model, stored, on_grid)
+    if not any(on_grid.volume_mm3[1:]) and not any(unresampled.volume_mm3[1:]):
         errors, more = _empty(model, Path(path).name)
         return Findings(errors, [*warnings, *more])
-    return Findings([], [*warnings, *_class_warnings(model, path, whole, on_grid, crop_matters)])
+    return Findings([], [*warnings, *_class_warnings(model, stored, whole, on_grid, unresampled, crop_matters)])
 
 
 def parse_label_map(text: str) -> dict[int, int]:
@@ -169,27 +171,30 @@ def _empty(model: Model, name: str) -> Findings:
     return Findings([f"{line}; all {model.training_masks['num_cases']} training masks held one. Drop the case."], [])
 
 
-def _before_resampling(model: Model, path: str, on_grid: Measures) -> Measures:
+def _before_resampling(model: Model, stored: MetaTensor, on_grid: Measures) -> Measures:
     if not model.is_resampling:
         return on_grid
     others = [transform for transform in model.preprocessing.transforms if not isinstance(transform, Spacingd)]
-    return measured(Compose(others)({"mask": path})["mask"], model.num_classes)
+    return measured(Compose(others)({"mask": stored})["mask"], model.num_classes)
 
 
-def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measures, crop_matters: bool) -> Iterator[str]:
+def _class_warnings(
+    model: Model, stored: MetaTensor, whole: MetaTensor, on_grid: Measures, unresampled: Measures, crop_matters: bool
+) -> Iterator[str]:
     """Say of each class what the model will not be shown, or has not seen."""
     condition = model.synthesizer.condition
     assert isinstance(condition, MaskCondition)
     cell_voxels = model.whole_cell if crop_matters else condition.factor  # nothing is cut off
-    crop = place_mask(path, whole, model.preprocessing, model.crop_to, cell_voxels).mask
+    crop = place_mask(stored, whole, model.preprocessing, model.crop_to, cell_voxels).mask
     in_crop = measured(crop, model.num_classes).volume_mm3
     shares = MaskCondition(model.num_classes, condition.factor)(crop.as_tensor()[None])  # (1, K, D/f, H/f, W/f)
     largest = shares.amax((0, 2, 3, 4)).tolist()
     cell = _mm(np.array(on_grid.spacing_mm) * condition.factor)
-    for k, stored in enumerate(_before_resampling(model, path, on_grid).volume_mm3):
-        if k == 0 or not stored:
+    name = Path(str(stored.meta["filename_or_obj"])).name
+    for k, volume_mm3 in enumerate(unresampled.volume_mm3):
+        if k == 0 or not volume_mm3:
             continue
-        label = f"{Path(path).name}: label {model.class_names[k]} ({stored:.4g} mm³)"
+        label = f"{name}: label {model.class_names[k]} ({volume_mm3:.4g} mm³)"
         if not on_grid.volume_mm3[k]:
             yield f"{label} is lost at the model's spacing, {_mm(on_grid.spacing_mm)}; the volume will not show it."
         elif not in_crop[k]:
@@ -203,7 +208,7 @@ def _class_warnings(model: Model, path: str, whole: MetaTensor, on_grid: Measure
                 )
             if largest[k] < SMALLEST_SHARE and not isinstance(condition, PackedCondition):
                 yield f"{label} is lost on the latent grid, whose cells are {cell}; the volume may not show it."
-        yield from _volume_warning(model, k, label, stored)
+        yield from _volume_warning(model, k, label, volume_mm3)
 
 
 def _volume_warning(model: Model, k: int, label: str, volume_mm3: float) -> Iterator[str]:

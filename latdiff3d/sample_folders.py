@@ -17,7 +17,7 @@ from latdiff3d.pictures import write_pictures
 from latdiff3d.provenance import computed_on, sidecar_of
 from latdiff3d.synthesis import Model, Sample
 from latdiff3d.training_intensities import training_reference
-from latdiff3d.volumes import case_name, read_mask, sidecar_file, write_synthetic
+from latdiff3d.volumes import case_name, labels_of, read_mask, sidecar_file, write_synthetic
 
 _SUFFIXES = f"{', '.join(MASK_SUFFIXES[:-1])} or {MASK_SUFFIXES[-1]}"
 _BESIDE_THE_POINT = ("Path", "Name", "Warnings")  # of a sidecar: what changes no volume
@@ -68,7 +68,7 @@ class Job(NamedTuple):
         name: of its folder, and of the files in it.
         mask: its file, None for a model without masks.
         known: covariates by name.
-        whole: write on the mask file's own grid; else on the model's, the crop alone.
+        on_mask_grid: write on the mask file's own grid, 0 where that is larger; else on the model's.
         writing: how it will be written.
         provenance: what its sidecar will say.
     """
@@ -77,7 +77,7 @@ class Job(NamedTuple):
     mask: str | Path | None
     seed: int
     known: Mapping[str, Any]
-    whole: bool
+    on_mask_grid: bool
     writing: Writing
     provenance: Mapping[str, Any]
 
@@ -94,7 +94,7 @@ def sample_to_folder(
     out: str | Path,
     num_samples: int = 1,
     seed: int = 0,
-    whole: bool = True,
+    on_mask_grid: bool = True,
     known: Sequence[Mapping[str, Any]] = (),
     writing: Writing = DEFAULTS,
 ) -> Iterator[tuple[str, Sample, list[Path]]]:
@@ -102,7 +102,7 @@ def sample_to_folder(
 
     Args:
         out: the folder; each case gets one below it.
-        model, masks, num_samples, seed, whole, known, writing: see `jobs_for`.
+        model, masks, num_samples, seed, on_mask_grid, known, writing: see `jobs_for`.
 
     Yields:
         case, sample and its files, as they are written.
@@ -110,7 +110,7 @@ def sample_to_folder(
     Raises:
         InputError: as `jobs_for`, or a mask that no volume can be made for, before any is made.
     """
-    jobs, refused = jobs_for(model, masks, num_samples, seed, whole, known, writing)
+    jobs, refused = jobs_for(model, masks, num_samples, seed, on_mask_grid, known, writing)
     if refused:
         raise InputError(next(iter(refused.values())))
     yield from make(model, jobs, out)
@@ -121,7 +121,7 @@ def jobs_for(
     masks: Sequence[str | Path],
     num_samples: int = 1,
     seed: int = 0,
-    whole: bool = True,
+    on_mask_grid: bool = True,
     known: Sequence[Mapping[str, Any]] = (),
     writing: Writing = DEFAULTS,
 ) -> tuple[list[Job], dict[str, str]]:
@@ -133,7 +133,7 @@ def jobs_for(
         num_samples: for each mask, or in all for an unconditional model; the k-th has seed + k.
         seed: of the first.
         known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
-        whole, writing: see `Job`.
+        on_mask_grid, writing: see `Job`.
 
     Returns:
         the jobs; and of each mask that no volume can be made for, by its file, what is wrong with it.
@@ -158,7 +158,7 @@ def jobs_for(
         numbers = model.numbers_of(given, model.grid_of(mask))
         of_mask = {
             "Mask": mask and described(mask),
-            "Grid": "mask" if mask is not None and whole else "crop",
+            "Grid": "mask" if mask is not None and on_mask_grid else "crop",
             "Extent": "whole" if model.is_whole else "crop",
             "MemoryGB": model.memory_gb,  # the tiles' sizes, by which voxels differ in their last digits
             "Covariates": model.covariates.values(numbers),
@@ -166,7 +166,7 @@ def jobs_for(
         }
         for number in range(seed, seed + num_samples):
             name = case if num_samples == 1 and mask is not None else f"{case}_seed{number:04d}"
-            jobs.append(Job(name, mask, number, given, whole, writing, {**of_model, "Seed": number, **of_mask}))
+            jobs.append(Job(name, mask, number, given, on_mask_grid, writing, {**of_model, "Seed": number, **of_mask}))
     _warn_of_unused_labels(model, {job.mask for job in jobs if job.mask is not None})
     return jobs, refused
 
@@ -180,10 +180,11 @@ def make(model: Model, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[s
     with progress_bar(total=len(jobs), desc="sampling", unit="volume") as bar:
         for job in jobs:
             sample = model.sample(job.mask, job.seed, job.known)
-            on_mask = sample.grid is not None and job.whole
-            volume, affine = sample.on_mask_grid() if on_mask else (sample.volume.numpy(), sample.affine)
-            labels = read_mask(job.mask, model.label_map)[0] if job.mask is not None and on_mask else None
-            shown = labels if sample.grid is None or on_mask else np.asarray(sample.grid.mask[0])
+            volume, affine, labels = sample.volume.numpy(), sample.affine, None
+            shown = None if sample.grid is None else np.asarray(sample.grid.mask[0])
+            if sample.grid is not None and job.on_mask_grid:
+                volume, affine = sample.on_mask_grid()
+                shown = labels = labels_of(sample.grid.stored, model.label_map)
             sidecar = sidecar_file(Path(out), job.name)
             sidecar.parent.mkdir(exist_ok=True)
             sidecar.unlink(missing_ok=True)

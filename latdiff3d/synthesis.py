@@ -18,14 +18,14 @@ from latdiff3d.conditioning import Condition, MaskCondition
 from latdiff3d.config import refuse_unknown_keys
 from latdiff3d.covariates import SPACING, Covariates
 from latdiff3d.devices import device
-from latdiff3d.editing import Edit, Site, site_of
+from latdiff3d.editing import Edit, Site, edited, site_of
 from latdiff3d.errors import InputError
 from latdiff3d.layouts import scan_files
 from latdiff3d.memory import left_of
 from latdiff3d.settings import check_settings
 from latdiff3d.synthesizer import Synthesizer
 from latdiff3d.transforms import LoadVolumed
-from latdiff3d.volumes import ModelGrid, centred_affine, mask_on_model_grid, read_mask
+from latdiff3d.volumes import ModelGrid, centred_affine, mask_on_model_grid
 
 # What may differ between samples of one model; all else is as it was trained.
 SAMPLING_SETTINGS = (
@@ -54,7 +54,7 @@ class Sample:
     def on_mask_grid(self) -> tuple[np.ndarray, np.ndarray]:
         """Return volume (C, D, H, W) and affine on the mask file's own grid, 0 where that is larger than the crop."""
         assert self.grid is not None
-        return self.grid.to_mask_grid(self.volume), read_mask(self.grid.path)[1]
+        return self.grid.to_mask_grid(self.volume), np.asarray(self.grid.stored.affine, dtype=float)
 
 
 @dataclass
@@ -262,6 +262,11 @@ class Model:
         spacing_mm = np.linalg.norm(np.asarray(grid.mask.affine)[:3, :3], axis=0).tolist()
         return self.covariates.numbers({**known, SPACING: spacing_mm}, "--covariate")
 
+    def condition_of(self, grid: ModelGrid | None, numbers: torch.Tensor) -> Condition:
+        """Return the condition of one volume: its mask on the latent grid, and covariates as `numbers_of` has them."""
+        of_mask = None if grid is None else self.synthesizer.condition(grid.mask.as_tensor()[None])
+        return Condition(of_mask, numbers[None] if len(self.covariates) else None)
+
     def sample(
         self,
         mask: str | Path | None,
@@ -288,15 +293,14 @@ class Model:
         grid = self.grid_of(mask)
         numbers = self.numbers_of(known or {}, grid)
         said = self.covariates.values(numbers)
-        covariates = numbers[None] if len(self.covariates) else None
+        condition = self.condition_of(grid, numbers)
         factor = self.synthesizer.codec.factor
         num_channels = len(self.synthesizer.codec.latent_mean)
         window = [size // factor for size in self.crop_to]
         if grid is None:
-            volume = self.synthesizer.sample((num_channels, *window), Condition(None, covariates), [seed])[0]
+            volume = self.synthesizer.sample((num_channels, *window), condition, [seed])[0]
             affine = centred_affine(self.crop_to, said.get(SPACING) or self.spacing_mm)
             return Sample(volume.cpu(), affine, None, said)
-        condition = Condition(self.synthesizer.condition(grid.mask.as_tensor()[None]), covariates)
         shape = (num_channels, *(size // factor for size in grid.mask.shape[1:]))
         volume = self.synthesizer.sample(shape, condition, [seed], window, self._left_gb(grid, condition))[0]
         return Sample(volume.cpu(), np.asarray(grid.mask.affine, dtype=float), grid, said)
@@ -306,7 +310,8 @@ class Model:
         if self.memory_gb is None:
             return None
         synthesizer = self.synthesizer
-        held = [grid.mask.nbytes, *(part.nbytes for part in (condition.grid, condition.covariates) if part is not None)]
+        given = [part for part in (condition.grid, condition.covariates) if part is not None]
+        held = [part.nbytes for part in (grid.stored, grid.mask, *given)]
         volume_bytes = 4 * len(self.modalities) * math.prod(grid.mask.shape)
         networks = [synthesizer.denoiser, synthesizer.codec]
         return left_of(self.memory_gb, synthesizer.device, networks, sum(held), volume_bytes)
@@ -334,21 +339,14 @@ class Model:
             mask, region: their files, see `editing.site_of`.
             seed: of the noise.
             known: covariates by name, see `sample`.
-            noise: lay noise as strong as the scan's over the region; an autoencoder keeps hardly any.
+            noise: see `editing.edited`.
 
         Raises:
             InputError: an unconditional model, a scan that is not whole, or see `editing.site_of` and `numbers_of`.
         """
-        return self.edit_site(self.site_of(scan, mask, region), seed, known, noise)
-
-    def edit_site(self, site: Site, seed: int, known: Mapping[str, Any] | None = None, noise: bool = True) -> Edit:
-        """Return an edit of what `site_of` has read; see `edit`."""
-        numbers = self.numbers_of(known or {}, site.grid)
-        grid = self.synthesizer.condition(site.grid.mask.as_tensor()[None])
-        condition = Condition(grid, numbers[None] if len(self.covariates) else None)
-        latents = site.known(self.synthesizer.codec)
-        decoded = self.synthesizer.sample(latents.latents.shape[1:], condition, [seed], known=latents)[0].cpu()
-        return Edit(site, site.filled(decoded, seed if noise else None), decoded)
+        site = self.site_of(scan, mask, region)
+        condition = self.condition_of(site.grid, self.numbers_of(known or {}, site.grid))
+        return edited(site, self.synthesizer, condition, seed, noise)
 
 
 def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ class LoadVolumed(MapTransform):
     """Load a path or a list of paths as one float32 MetaTensor (C, D, H, W), channels in the order of the paths.
 
     A 4D file's last axis becomes its channels. The result is channel-first already: an EnsureChannelFirstd after it
-    changes nothing.
+    changes nothing. A volume that is loaded already, by `readers.read_volume`, stays as it is.
 
     Raises:
         InputError: a file is missing, truncated or damaged, or the files of one key lie on different grids.
@@ -44,7 +44,8 @@ class LoadVolumed(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = _load_channels([str(path) for path in ensure_tuple(d[key])])
+            if not isinstance(d[key], MetaTensor):
+                d[key] = _load_channels([str(path) for path in ensure_tuple(d[key])])
         return d
 
 

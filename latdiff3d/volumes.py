@@ -25,12 +25,12 @@ class ModelGrid:
     """A mask on the grid a model was trained on, and the way back.
 
     Attributes:
-        path: of the mask's file.
+        stored: (1, D', H', W'), the mask as its file has it.
         mask: (1, D, H, W), of the model's crop size or larger, mapped labels, RAS, padded with background where the
             volume ends.
     """
 
-    path: str
+    stored: MetaTensor
     mask: MetaTensor
     preprocessing: Compose
     pad: SpatialPad
@@ -54,11 +54,12 @@ def mask_on_model_grid(
         preprocessing: the model's, which takes a mask alone as well.
         crop_to, cell: see `place_mask`.
     """
-    return place_mask(path, preprocessing({"mask": str(path)})["mask"], preprocessing, crop_to, cell)
+    stored = read_volume(str(path))
+    return place_mask(stored, preprocessing({"mask": stored})["mask"], preprocessing, crop_to, cell)
 
 
 def place_mask(
-    path: str | Path,
+    stored: MetaTensor,
     mask: MetaTensor,
     preprocessing: Compose,
     crop_to: Sequence[int],
@@ -68,7 +69,7 @@ def place_mask(
     """Cut the crop around a mask's labelled voxels' centre, or around its middle where it is empty; or keep it whole.
 
     Args:
-        path: its file.
+        stored: (1, D', H', W'), as its file has it.
         mask: (1, D, H, W), which `preprocessing` has made of that.
         crop_to: (D, H, W); smaller masks are padded to it.
         cell: None for the crop; else nothing is cut, but padded to whole latent cells of so many voxels along an edge.
@@ -77,7 +78,7 @@ def place_mask(
     if cell is not None:
         whole = [max(-(-n // cell) * cell, least) for n, least in zip(mask.shape[1:], crop_to, strict=True)]
         pad, crop = SpatialPad(spatial_size=whole), SpatialCrop(roi_start=[0, 0, 0], roi_end=whole)
-        return ModelGrid(str(path), convert_to_tensor(crop(pad(mask)), track_meta=True), preprocessing, pad, crop)
+        return ModelGrid(stored, convert_to_tensor(crop(pad(mask)), track_meta=True), preprocessing, pad, crop)
     pad = SpatialPad(spatial_size=crop_to)
     padded = pad(mask)
     source = padded if around is None else pad(around)
@@ -87,7 +88,7 @@ def place_mask(
     centre = size // 2 if empty else (np.array(start) + np.array(end)) // 2
     first = np.clip(centre - np.array(crop_to) // 2, 0, size - np.array(crop_to))
     crop = SpatialCrop(roi_start=first.tolist(), roi_end=(first + np.array(crop_to)).tolist())
-    return ModelGrid(str(path), convert_to_tensor(crop(padded), track_meta=True), preprocessing, pad, crop)
+    return ModelGrid(stored, convert_to_tensor(crop(padded), track_meta=True), preprocessing, pad, crop)
 
 
 def write_synthetic(
@@ -178,12 +179,17 @@ def read_mask(path: str | Path, label_map: Mapping[int, int] | None = None) -> t
     Raises:
         InputError: see `readers.read_volume`.
     """
-    mask = read_volume(str(path))
-    stored = mask[0].numpy()
-    labels = stored.copy()
+    stored = read_volume(str(path))
+    return labels_of(stored, label_map), np.asarray(stored.affine, dtype=float)
+
+
+def labels_of(stored: MetaTensor, label_map: Mapping[int, int] | None = None) -> np.ndarray:
+    """Return the labels (D, H, W) of a mask (1, D, H, W) as its file has it; see `read_mask`."""
+    before = stored[0].numpy()
+    labels = before.copy()
     for label, ours in (label_map or {}).items():
-        labels[stored == label] = ours
-    return labels.astype(np.uint8 if labels.max() < 256 else np.int16), np.asarray(mask.affine, dtype=float)
+        labels[before == label] = ours
+    return labels.astype(np.uint8 if labels.max() < 256 else np.int16)
 
 
 def median_spacing_mm(cases: Sequence[Mapping[str, Any]]) -> list[float]:

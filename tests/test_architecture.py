@@ -12,12 +12,12 @@ ROOT = Path(latdiff3d.__file__).parent
 FLOORS = [
     {"cli"},
     {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders"},
-    {"model_card", "bundle_metadata", "bundle_files"},
+    {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs"},
     {"sample_folders"},
     {"preflight", "importing"},
     {"synthesis", "runs", "reconstruction", "compvis_configs"},
-    {"checkpointing", "compvis_diffusion"},
-    {"segmentation", "quality", "synthesizer", "planning", "editing", "compvis_autoencoder"},
+    {"checkpointing", "compvis_diffusion", "editing"},
+    {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"}
     | {"simulated_memory", "conversion"},
     {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries", "latent_windows"}

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODALITIES, refused, run_here
+from monai.bundle import ConfigParser
+from monai.transforms import Compose, Spacingd
 
 from latdiff3d.conditioning import NoCondition
 from latdiff3d.errors import InputError
@@ -243,6 +245,51 @@ def test_air_stays_air_but_for_what_is_drawn_in_it(model, drawn):
     assert not (other.region & other.air).any() and (other.region == ((corner > 0) & ~other.air)).all()
     filled = volume_of(other.filled(other.image + 0.3))
     assert (filled[:, other.air] == volume_of(other.channels)[:, other.air]).all()
+
+
+# Another spacing than the scan's
+
+
+@pytest.fixture
+def resampling(model):
+    """The model as if its configuration said `spacing`, coarser than the scan's."""
+    spacing_mm = [4.0, 4.0, 4.0]
+    spacing = Spacingd(("image", "mask"), spacing_mm, mode=("bilinear", "nearest"), allow_missing_keys=True)
+    transforms = list(model.preprocessing.transforms)
+    config = ConfigParser({**model.config.get(), "spacing": spacing_mm})
+    return replace(model, config=config, preprocessing=Compose([*transforms[:3], spacing, *transforms[3:]]))
+
+
+def centre_mm(weights, affine):
+    """Return where in the world the middle of what weighs more than 0 is."""
+    places, weights = np.argwhere(weights > 0), weights[weights > 0]
+    return nib.affines.apply_affine(affine, np.average(places, axis=0, weights=weights))
+
+
+def test_a_model_that_resamples_changes_the_region_alone(resampling, smooth):
+    edit = resampling.edit(*smooth, seed=3)
+    region, scan = nib.load(smooth[2]).get_fdata() > 0, volume_of(edit.site.channels)
+    assert edit.decoded.shape == (4, 16, 16, 16) and edit.volume.shape == (4, *SHAPE)
+    assert np.array_equal(edit.volume[:, ~region], scan[:, ~region])
+    assert (edit.volume[:, region] != scan[:, region]).mean() > 0.9
+
+
+def test_what_a_model_that_resamples_draws_lies_where_it_was_drawn(resampling, smooth):
+    site = resampling.site_of(*smooth)
+    affine = np.asarray(site.grid.mask.affine)
+    assert np.allclose(nib.affines.voxel_sizes(affine), 4)
+    scan, region = volume_of(site.channels), site.region
+    high, low = (
+        np.array([getattr(each, e) for each in site.reference.ranges]).reshape(4, 1, 1, 1) for e in ("high", "low")
+    )
+    plain = volume_of(site.filled(site.image))
+    assert np.abs((plain - scan) / (high - low)).max() < 0.05  # what resampling there and back smooths
+    bright = (site.image[:, site.grid.mask.as_tensor()[0] > 0].mean(1) > 0.5).numpy()  # room for a darker lesion
+    lesion = volume_of(site.filled(site.image - 0.3 * (site.grid.mask.as_tensor() > 0)))
+    darker = ((plain - lesion) / (high - low))[bright].mean(0)
+    away_mm = np.linalg.norm(centre_mm(darker, site.affine) - centre_mm(site.labels, site.affine))
+    assert away_mm < 2  # half a voxel of the model's
+    assert darker[site.labels > 0].mean() > 0.15 and not darker[~region].any()
 
 
 # The region

@@ -137,10 +137,10 @@ def test_with_other_settings_it_is_made_again(job, tiny_runs, mask, tmp_path, se
     assert is_made(again, tmp_path / "out") == (not settings)
 
 
-@pytest.mark.parametrize(("seed", "whole", "label_map"), [(4, True, {}), (3, False, {}), (3, True, {2: 1})])
-def test_with_another_seed_grid_or_label_map_it_is_made_again(job, model, mask, tmp_path, seed, whole, label_map):
+@pytest.mark.parametrize(("seed", "on_grid", "label_map"), [(4, True, {}), (3, False, {}), (3, True, {2: 1})])
+def test_with_another_seed_grid_or_label_map_it_is_made_again(job, model, mask, tmp_path, seed, on_grid, label_map):
     other = model.with_label_map(label_map) if label_map else model
-    [again], _ = jobs_for(other, [mask], seed=seed, whole=whole)
+    [again], _ = jobs_for(other, [mask], seed=seed, on_mask_grid=on_grid)
     assert not is_made(again, tmp_path / "out")
 
 
