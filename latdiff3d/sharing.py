@@ -17,7 +17,7 @@ from latdiff3d.bundle_files import has_weights, write_checksums
 from latdiff3d.errors import InputError
 
 LARGE_FILES = "large_files.yml"
-HUB_CLIENTS = ("huggingface_hub", "httpx", "requests")  # whose errors say what the hub or the network refuses
+HUB_CLIENTS = ("huggingface_hub", "httpx2", "httpx", "requests")  # whose errors are the hub's and the network's
 FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of a zip's files, so that the same bundle gives the same zip
 
 

@@ -85,9 +85,10 @@ def test_a_bundle_is_pushed_privately_with_its_version_and_a_card(exported_bundl
 
 
 HfHubHTTPError = type("HfHubHTTPError", (Exception,), {"__module__": "huggingface_hub.errors"})
+ConnectError = type("ConnectError", (Exception,), {"__module__": "httpx2"})  # what the client meets without a network
 
 
-@pytest.mark.parametrize("error", [ConnectionError, type("Forbidden", (HfHubHTTPError,), {})])
+@pytest.mark.parametrize("error", [ConnectionError, ConnectError, type("Forbidden", (HfHubHTTPError,), {})])
 def test_what_the_hub_says_is_one_line(exported_bundle, hub, monkeypatch, error):
     def refuse(self, **given):
         raise error("no route\nto the hub")
