@@ -6,7 +6,7 @@ DATA ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test soak lint clean
+.PHONY: help install demo test soak bundles lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ test: install ## run the tests
 
 soak: install ## kill training 20 times at random moments and compare its weights; SOAK_SEED=7 picks other moments
 	$(BIN)/python -m pytest -m soak -s tests/test_kills.py
+
+bundles: install ## export tiny models, verify them where only their packages are; CLEAN_PYTHON=/path/to/python picks one
+	$(BIN)/python -m pytest -m soak -s tests/test_clean_environment.py
 
 lint: install ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,40 +44,52 @@ class Flow(NamedTuple):
     settings: Mapping[str, object]
 
 
-def verify(bundle: str | Path, schema: str | Path = SCHEMA, runs: bool = True) -> Iterator[Check]:
+def verify(
+    bundle: str | Path,
+    schema: str | Path = SCHEMA,
+    runs: bool = True,
+    num_processes: int = 1,
+    python: str | Path = sys.executable,
+) -> Iterator[Check]:
     """Yield the checks of a bundle as they are made.
 
     Args:
         bundle: its folder.
         schema: a JSON schema for metadata, a file; MONAI's own where it is at hand.
         runs: train, sample and evaluate as well, on phantoms of a few cases.
+        num_processes: above 1, all of that again on so many processes.
+        python: the interpreter that runs what is in the bundle; such as that of an environment with its packages alone.
 
     Raises:
-        InputError: no bundle there, or no schema.
+        InputError: no bundle there, no schema, or no such interpreter.
     """
     root = Path(bundle).resolve()
     if not (root / exported.METADATA).is_file():
         raise InputError(f"there is no {Path(bundle) / exported.METADATA}; expected a bundle's folder.")
     if not Path(schema).is_file():
         raise InputError(f"there is no schema {schema}; expected a JSON schema's file.")
+    interpreter = shutil.which(python)
+    if interpreter is None:
+        raise InputError(f"there is no {python} that can be run; expected a Python interpreter.")
     for name, found in bundle_files.problems(root).items():
         yield Check(name, FAILED if found else OK, "; ".join(found[:3]) + (" …" if len(found) > 3 else ""))
     with tempfile.TemporaryDirectory(prefix="latdiff3d-verify-") as place:
-        trial = _Trial(root, Path(place).resolve())
+        trial = _Trial(root, Path(place).resolve(), os.path.abspath(interpreter))
         yield from trial.metadata(Path(schema).resolve())
         yield from trial.networks()
         if runs:
-            yield from trial.runs()
+            yield from trial.runs(sorted({1, num_processes}))
         else:
             yield Check("training, inference, evaluation", NOT_MADE, "asked to leave runs out")
 
 
 class _Trial:
-    """A bundle, and a folder for what its checks write."""
+    """A bundle, a folder for what its checks write, and the interpreter that makes them."""
 
-    def __init__(self, root: Path, place: Path) -> None:
+    def __init__(self, root: Path, place: Path, python: str) -> None:
         self.root = root
         self.place = place
+        self.python = python
         self.has_weights = bundle_files.has_weights(root)
         overlay = f"configs/{config.OVERLAY}"
         self.overlay = [overlay] if (root / overlay).is_file() else []
@@ -115,65 +128,79 @@ class _Trial:
             if exports:
                 yield self._probe(f"outputs of {net_id}", "outputs", net_id, meta_file, weights, *exports)
 
-    def runs(self) -> Iterator[Check]:
-        """A run of each stage that goes on, a volume and the metrics, on a few phantoms; and check_properties.
+    def runs(self, nums_processes: Sequence[int]) -> Iterator[Check]:
+        """On each number of processes: a run of each stage that goes on, volumes and the metrics; and check_properties.
 
-        What a bundle without weights samples and measures are those of these runs.
+        They are of a few phantoms. What a bundle without weights samples and measures are those of these runs.
         """
         data = write_trial_data(self.place / "data", self._settings())
-        runs = {stage: self.place / "runs" / stage for stage in NETWORKS}
+        for number in nums_processes:
+            flows = self._flows(data, self.place / f"runs_{number}")
+            for stage in NETWORKS:
+                training = flows[f"training {stage}"]
+                yield self._run(f"training {stage}", training, number)
+                going_on = {**training.settings, "max_epochs": 2, "resume": self.place / f"runs_{number}" / stage}
+                yield self._run(f"training {stage} goes on", training._replace(settings=going_on), number)
+            for name, flow in flows.items():
+                if flow.kind != "train":
+                    yield self._run(name, flow, number)
+        yield self._properties(list(flows.values()))
+
+    def _flows(self, data: Path, logdir: Path) -> dict[str, Flow]:
+        """Return the bundle's workflows by the names of their checks, their runs below `logdir`."""
+        settings = self._settings()
         common: dict[str, object] = {
             **TRIAL,
             "dataset_dir": data,
             "split_dir": data,
             "layout": "brats",
-            "logdir": self.place / "runs",
+            "logdir": logdir,
         }
-        if self._settings()["num_fine_cases"] is not None:
+        if settings["num_fine_cases"] is not None:
             common["num_fine_cases"] = 1
-        first = {} if self.has_weights else {"first_stage": runs["autoencoder"]}
-        settings: dict[str, dict[str, object]] = {
+        first = {} if self.has_weights else {"first_stage": logdir / "autoencoder"}
+        of_stage: dict[str, dict[str, object]] = {
             "autoencoder": {**common, "loss::perceptual_weight": 0, "segmenter": "", "quality_cases": 0},
             "diffusion": {**common, "sampling_steps": 4, **first},
         }
-        mask = sorted(data.glob("*/*_seg.nii.gz"))[0] if self._is_conditional() else ""
-        sampling = {"mask": mask, "out": self.place / "samples", "sampling::sampling_steps": 4}
-        sampling |= {"model": "." if self.has_weights else runs["diffusion"]}
-        flows: list[Flow] = [Flow("inference", "inference", INFERENCE, sampling)]
-        for stage in ("autoencoder", "diffusion"):
+        mask = sorted(data.glob("*/*_seg.nii.gz"))[0] if settings["conditioning"] != "none" else ""
+        sampling = {"mask": mask, "out": logdir / "samples", "num_samples": 2, "sampling::sampling_steps": 4}
+        sampling |= {"model": "." if self.has_weights else logdir / "diffusion"}
+        flows = {"inference": Flow("inference", "inference", INFERENCE, sampling)}
+        for stage in NETWORKS:
             files = ["configs/common.yaml", f"configs/{config.STAGE_FILES[stage]}", *self.overlay]
-            of_stage = {**settings[stage], "name": stage}
-            training = Flow("train", "training", files, of_stage)
-            yield self._run(f"training {stage}", training)
-            going_on = {**of_stage, "max_epochs": 2, "resume": runs[stage]}
-            yield self._run(f"training {stage} goes on", training._replace(settings=going_on))
-            model = "." if self.has_weights else runs[stage]
-            evaluate = [*files, "configs/evaluate.yaml"]
-            flows += [training, Flow("evaluation", "evaluate", evaluate, {**of_stage, "model": model})]
-        for flow in flows:
-            if flow.kind != "train":
-                yield self._run(f"{flow.program} {flow.settings.get('name', '')}".strip(), flow)
-        yield self._properties(flows)
+            given = {**of_stage[stage], "name": stage}
+            model = "." if self.has_weights else logdir / stage
+            flows[f"training {stage}"] = Flow("train", "training", files, given)
+            evaluation = [*files, "configs/evaluate.yaml"]
+            flows[f"evaluate {stage}"] = Flow("evaluation", "evaluate", evaluation, {**given, "model": model})
+        return flows
 
     def _settings(self) -> ConfigParser:
         parser = ConfigParser()
         parser.read_config([str(self.root / file) for file in (exported.COMMON, *self.overlay)])
         return parser
 
-    def _is_conditional(self) -> bool:
-        return self._settings()["conditioning"] != "none"
-
-    def _run(self, name: str, flow: Flow) -> Check:
+    def _run(self, name: str, flow: Flow, num_processes: int) -> Check:
         given = {"bundle_root": ".", "config_file": list(flow.files), **flow.settings}
-        return self._monai(name, [], f"run {flow.program}", **given)
+        start: list[str] = []
+        if num_processes > 1:
+            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+            name += f", {num_processes} processes"
+        return self._process(name, [*start, *_monai_words(f"run {flow.program}", given)])[0]
 
     def _monai(self, name: str, needs: Sequence[str], command: str, /, **arguments: object) -> Check:
         """Make a check by MONAI's command line, in the bundle's folder."""
-        missing = [package for package in needs if find_spec(package) is None]
+        missing = [package for package in needs if not self._has(package)]
         if missing:
             return Check(name, NOT_MADE, f"{', '.join(missing)} is not installed: {INSTALL}")
-        words = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
-        return self._process(name, ["-m", "monai.bundle", *command.split(), *words])[0]
+        return self._process(name, _monai_words(command, arguments))[0]
+
+    def _has(self, package: str) -> bool:
+        if self.python == sys.executable:
+            return find_spec(package) is not None
+        look = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+        return subprocess.run([self.python, "-c", look, package], check=False).returncode == 0
 
     def _probe(self, name: str, *words: str) -> Check:
         check, ended = self._process(name, ["-c", Path(bundle_probe.__file__).read_text(), *words])
@@ -191,12 +218,17 @@ class _Trial:
 
     def _process(self, name: str, words: Sequence[str]) -> tuple[Check, subprocess.CompletedProcess[str]]:
         ended = subprocess.run(
-            [sys.executable, *words], cwd=self.root, env=self.environment, capture_output=True, text=True, check=False
+            [self.python, *words], cwd=self.root, env=self.environment, capture_output=True, text=True, check=False
         )
         if ended.returncode == 0:
             return Check(name, OK), ended
         said = _last_line(ended.stderr) or _last_line(ended.stdout) or f"exit code {ended.returncode}"
         return Check(name, FAILED, said), ended
+
+
+def _monai_words(command: str, arguments: Mapping[str, object]) -> list[str]:
+    given = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
+    return ["-m", "monai.bundle", *command.split(), *given]
 
 
 def _last_line(text: str) -> str:

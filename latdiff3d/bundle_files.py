@@ -17,6 +17,7 @@ REQUIRED = (
     "configs/train_autoencoder.yaml", "configs/train_diffusion.yaml", "configs/inference.yaml",
     "configs/evaluate.yaml", "docs/README.md", "docs/data_license.txt", "LICENSE",
 )  # fmt: skip
+OF_THE_HUB = ("README.md", ".gitattributes")  # what MONAI and the hub lay beside a bundle's files
 TEXTS = (".yaml", ".yml", ".json", ".md", ".txt", ".conf")
 # Of one machine: a folder of the kind that users have, a home, a drive.
 PLACE = re.compile(
@@ -109,7 +110,7 @@ def _hashes(bundle: Path) -> Iterator[str]:
         elif checkpoints.sha256(bundle / name) != expected:
             yield f"{name} is not what {CHECKSUMS} says"
     for file in _files(bundle):
-        if (name := file.relative_to(bundle).as_posix()) not in listed and name != CHECKSUMS:
+        if (name := file.relative_to(bundle).as_posix()) not in (*listed, *OF_THE_HUB, CHECKSUMS):
             yield f"{name} is not in {CHECKSUMS}"
 
 

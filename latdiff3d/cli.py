@@ -165,12 +165,15 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="a MONAI bundle's folder")],
     schema: Annotated[Path | None, typer.Option(help="JSON schema of metadata.json; default: ours")] = None,
     runs: Annotated[bool, typer.Option(help="train, sample and evaluate too, on a few phantoms")] = True,
+    processes: Annotated[int, typer.Option(min=1, help="above 1: those again on so many processes")] = 1,
+    python: Annotated[str, typer.Option(help="interpreter that runs the bundle, as of an environment of its own")] = "",
 ) -> None:
     """Make the Model Zoo's checks of a bundle and ours. Exit code 1: one failed; 3: one could not be made."""
     from latdiff3d import bundle_checks
 
     outcomes = []
-    for check in bundle_checks.verify(bundle, schema or bundle_checks.SCHEMA, runs):
+    checks = bundle_checks.verify(bundle, schema or bundle_checks.SCHEMA, runs, processes, python or sys.executable)
+    for check in checks:
         print(f"{check.outcome:<8} {check.name}{': ' + check.said if check.said else ''}", flush=True)
         outcomes.append(check.outcome)
     if bundle_checks.FAILED in outcomes:

@@ -81,20 +81,28 @@ def _kl_network(dd: Ledger, channels: Sequence[int]) -> None:
     number = dd.whole("num_res_blocks")
     note = "of the decoder too, where CompVis has one more a level"
     dd.carry("num_res_blocks", ours={"autoencoder_def::num_res_blocks": number}, note=note)
-    _attention(dd, len(channels))
-    middle = dd.value("attn_type", "vanilla") != "none"
-    ours = {f"autoencoder_def::with_{half}_nonlocal_attn": middle for half in ("encoder", "decoder")}
-    dd.carry("attn_type", ours=ours, note="in the middle")
+    kind = dd.value("attn_type", "vanilla")
+    _attention(dd, len(channels), kind != "none")
+    ours = {f"autoencoder_def::with_{half}_nonlocal_attn": kind != "none" for half in ("encoder", "decoder")}
+    note = "in the middle; MONAI's networks have no linear attention, so it is the full one"
+    dd.carry("attn_type", ours=ours, note=note if kind == "linear" else "in the middle")
     dd.add({"autoencoder_def::norm_num_groups": NUM_GROUPS}, "every group norm there")
     dd.compare("double_z", True, "a posterior has a mean and a variance", "a KL autoencoder without a variance is none")
     dd.compare("dropout", 0.0, "MONAI's autoencoder has none", "MONAI's autoencoder has no dropout")
 
 
-def _attention(dd: Ledger, num_levels: int) -> None:
-    """Account for `attn_resolutions`, sizes of the grid on the way down from `resolution`, as levels."""
+def _attention(dd: Ledger, num_levels: int, is_there: bool) -> None:
+    """Account for `attn_resolutions`, sizes of the grid on the way down from `resolution`, as levels.
+
+    Args:
+        is_there: attention at all; `attn_type: none` puts nothing in its place, on levels too.
+    """
     at, resolution = dd.value("attn_resolutions", []), dd.value("resolution")
     at = at if isinstance(at, list) else [at]
-    if at and not isinstance(resolution, int):
+    if not is_there:
+        note = "attn_type is none, which is of the levels too"
+        dd.carry("attn_resolutions", ours={"autoencoder_def::attention_levels": [False] * num_levels}, note=note)
+    elif at and not isinstance(resolution, int):
         dd.leave("attn_resolutions", f"which levels they are follows from one resolution, and it is {resolution}")
         dd.add({"autoencoder_def::attention_levels": [False] * num_levels}, "attn_resolutions is not carried")
     else:
@@ -223,4 +231,4 @@ def _vq_terms(params: Ledger) -> None:
     else:
         params.leave("pixel_loss", "there are l1 and l2 here")
     params.leave("perceptual_loss", "see perceptual_weight")
-    params.leave("n_classes", "CompVis' loss only logs with it")
+    params.leave("n_classes", "CompVis' loss stores it and never uses it")

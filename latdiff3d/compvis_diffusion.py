@@ -106,8 +106,10 @@ def _unet(unet: Ledger, latent_channels: int) -> None:
     unet.compare("use_spatial_transformer", False, "attention is of the latents to themselves", attention)
     for key in ("context_dim", "transformer_depth"):
         unet.leave(key, attention)
+    all_axes = "in three dimensions; CompVis' own U-Net then leaves the first axis its length, ours halves all three"
+    unet.compare("dims", 3, all_axes, "ours is of volumes")
     for key, wanted in (
-        ("dims", 3), ("dropout", 0), ("conv_resample", True), ("num_classes", None), ("use_scale_shift_norm", False),
+        ("dropout", 0), ("conv_resample", True), ("num_classes", None), ("use_scale_shift_norm", False),
         ("resblock_updown", False), ("n_embed", None), ("use_new_attention_order", False),
     ):  # fmt: skip
         unet.compare(key, wanted, "so is ours", f"ours is as with {wanted}")
@@ -146,6 +148,8 @@ def _condition(params: Ledger, num_channels: int, latent_channels: int) -> None:
     if how == "crossattn" or num_channels < 1:
         ours = {"conditioning": "concat"}
         note = "fractions of labels, for there is no cross-attention to a mask here"
+    elif how == "hybrid":
+        note += "; of the two parts, cross-attention has no place here"
     elif trained:
         ours = {"conditioning": "encoder", "encoded_channels": num_channels}
         note += " by an encoder that is trained with the denoiser"

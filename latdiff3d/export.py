@@ -21,6 +21,7 @@ from latdiff3d.runs import NOT_OF_THE_RUN
 from latdiff3d.synthesis import Model
 
 STAGE_KEYS = ("autoencoder", "diffusion")
+KINDS = "autoencoder_*.yaml"  # overlays for both stages
 FIRST_STAGE = "$@bundle_root + '/models/model_autoencoder.pt'"
 SPLIT_FOLDER = "splits"
 # Settings that name a place on this machine; the bundle's own value takes theirs.
@@ -67,7 +68,7 @@ def export(run: str | Path, to: str | Path, mask: str | Path | None = None, spli
             _copy_splits(resolved["diffusion"], configs, folder)
         elif configs["common.yaml"]["split_dir"] != "@dataset_dir":
             said.append("its train.list and val.list stay here, for they name cases; --splits takes them along.")
-        texts = {name: _as_text(name, content) for name, content in configs.items()}
+        texts = {name: _as_text(name, content) for name, content in configs.items()} | _kinds(source)
         modules = modules_needed(texts.values())
         template = json.loads((source / exported.METADATA).read_text())
         metadata = metadata_of(template, model, contents, packages_needed(modules))
@@ -119,9 +120,13 @@ def _bundle_of(resolved: Mapping[str, Any]) -> Path:
 
 def _configs(source: Path, resolved: Mapping[str, Any], said: list[str]) -> dict[str, dict[str, Any]]:
     """Return the bundle's files with the values of its runs, by file name, without places on this machine."""
-    own = {file.name: config.read_yaml(file) for file in sorted((source / "configs").glob("*.yaml"))}
-    own.pop(config.OVERLAY, None)
-    own.pop(config.STAGE_FILES["segmenter"], None)
+    left_out = (config.OVERLAY, config.STAGE_FILES["segmenter"], *_kinds(source))
+    files = [file for file in sorted((source / "configs").glob("*.yaml")) if file.name not in left_out]
+    own = {file.name: config.read_yaml(file) for file in files}
+    for stage in STAGE_KEYS:
+        own[config.STAGE_FILES[stage]] = _stage_content(source / "configs", stage)
+    for key in ("train", "validate"):  # which the stages' files have now, each its own
+        own[config.COMMON].pop(key, None)
     for name, content in own.items():
         stage = next((stage for stage in STAGE_KEYS if name == config.STAGE_FILES[stage]), "diffusion")
         is_of_a_run = name in (config.COMMON, *(config.STAGE_FILES[stage] for stage in STAGE_KEYS))
@@ -136,6 +141,19 @@ def _configs(source: Path, resolved: Mapping[str, Any], said: list[str]) -> dict
     diffusion["first_stage"] = FIRST_STAGE
     own["inference.json"] = _joined(common, own["inference.yaml"])
     return own
+
+
+def _kinds(source: Path) -> dict[str, str]:
+    """Return the bundle's overlays for kinds of autoencoder, as they are, by file name."""
+    return {file.name: file.read_text() for file in sorted((source / "configs").glob(KINDS))}
+
+
+def _stage_content(configs: Path, stage: str) -> dict[str, Any]:
+    """Return what a stage's file sets, each section of common.yaml that it extends as a whole."""
+    file = configs / config.STAGE_FILES[stage]
+    whole = config.merged([configs / config.COMMON, file])
+    sections = (key.lstrip("+").partition(config.SEPARATOR)[0] for key in config.read_yaml(file))
+    return {section: whole[section] for section in dict.fromkeys(sections)}
 
 
 def _joined(common: Mapping[str, Any], inference: Mapping[str, Any]) -> dict[str, Any]:

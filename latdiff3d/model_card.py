@@ -58,6 +58,9 @@ python -m monai.bundle run evaluate --dataset_dir DATA \\
     --config_file "['configs/common.yaml','configs/train_diffusion.yaml','configs/evaluate.yaml']"
 ```
 
+Another kind of autoencoder is an overlay behind the training file, in both stages: `configs/autoencoder_vq.yaml`,
+`autoencoder_kl.yaml` or `autoencoder_fast.yaml`.
+
 `torchrun --nproc_per_node 2 -m monai.bundle run …` runs the same on two processes. Elsewhere than in this folder, give
 `--bundle_root` and put the folder on PYTHONPATH. `configs/inference.json` is common.yaml and inference.yaml in one, for
 `monai.bundle.load`. TorchScript and ONNX, of the denoiser and, with `reconstruction_def`, `models/model_autoencoder.pt`

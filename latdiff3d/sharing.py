@@ -17,6 +17,7 @@ from latdiff3d.bundle_files import has_weights, write_checksums
 from latdiff3d.errors import InputError
 
 LARGE_FILES = "large_files.yml"
+HUB_CLIENTS = ("huggingface_hub", "httpx2", "httpx", "requests")  # whose errors are the hub's and the network's
 FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of a zip's files, so that the same bundle gives the same zip
 
 
@@ -78,9 +79,17 @@ def push(bundle: str | Path, repo: str, private: bool = True) -> str:
     with _copy(root) as copy:  # MONAI writes a README.md into it
         try:
             return str(push_to_hf_hub(repo, copy.name, str(copy.parent), private=private, version=version))
-        except Exception as error:  # the hub's client has errors of several libraries
+        except Exception as error:
+            if not _is_of_the_hub(error):
+                raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(f"the hub did not take {root} as {repo}: {reason}") from error
+
+
+def _is_of_the_hub(error: Exception) -> bool:
+    """Say whether the hub, its client or the network refused, rather than that there is a mistake in code."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not packages.isdisjoint(HUB_CLIENTS)
 
 
 def _exported(bundle: str | Path) -> Path:

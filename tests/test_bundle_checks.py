@@ -117,6 +117,24 @@ def test_a_failure_is_the_exit_code(bundle, monkeypatch):
     assert "FAILED   files: there is no LICENSE" in ended.out
 
 
+def test_another_interpreter_makes_the_checks_and_runs_are_on_one_process_and_on_two(bundle, tmp_path):
+    python, told = tmp_path / "python", tmp_path / "told"
+    python.write_text(f'#!/bin/sh\necho "$@" | tr "\\n" " " >> {told}\necho >> {told}\n')
+    python.chmod(0o755)
+    found = outcomes(bundle, python=python, num_processes=2)
+    assert set(found.values()) == {OK}
+    lines = told.read_text().splitlines()
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m monai.bundle run"
+    for program in ("training", "inference", "evaluate"):
+        alone, both = (sum(f"{start} {program} " in line for line in lines) for start in ("monai.bundle run", torchrun))
+        assert alone == 2 * both > 0
+    assert {f"training diffusion goes on{on}" for on in ("", ", 2 processes")} <= found.keys()
+
+
+def test_an_interpreter_that_is_not_there_is_told_in_one_line(bundle):
+    assert "expected a Python interpreter" in refused(run_here("verify", bundle, "--python", "nowhere/python"))
+
+
 def test_what_is_no_bundle_is_told_in_one_line(tmp_path):
     assert "expected a bundle's folder" in refused(run_here("verify", tmp_path))
 

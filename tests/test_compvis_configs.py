@@ -188,6 +188,20 @@ def test_attention_lies_on_the_levels_of_the_named_sizes(changed):
     assert "follows from one resolution" in told(path, "model.params.ddconfig.attn_resolutions")
 
 
+def test_without_attention_no_level_has_any(changed):
+    dd = "model__params__ddconfig__"
+    path = changed("kl", **{f"{dd}attn_type": "none", f"{dd}attn_resolutions": [4], f"{dd}resolution": 16})
+    network = overlay_of(path)["autoencoder_def"]
+    assert network["attention_levels"] == [False, False, False]
+    assert network["with_encoder_nonlocal_attn"] is network["with_decoder_nonlocal_attn"] is False
+    path = changed("kl", **{f"{dd}attn_type": "linear"})
+    assert "so it is the full one" in told(path, "model.params.ddconfig.attn_type")
+
+
+def test_what_three_dimensions_mean_there_is_told():
+    assert "leaves the first axis its length" in told(CONFIGS["mask_ldm"], "model.params.unet_config.params.dims")
+
+
 def test_heads_are_channels_of_each_level():
     denoiser = overlay_of(CONFIGS["mask_ldm"])["denoiser_def"]
     assert denoiser["channels"] == [32, 64] and denoiser["num_head_channels"] == [8, 16]

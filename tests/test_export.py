@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODALITIES, REPOSITORY, refused, run_here, train_here
+from monai.bundle import ConfigParser
+from monai.networks.nets import AutoencoderKL
 
-from latdiff3d import bundle_files, checkpoints, export
+from latdiff3d import bundle_files, checkpoints, config, export
 from latdiff3d.bundle_modules import modules_needed, packages_needed
 from latdiff3d.config import read_yaml
+from latdiff3d.quantization import VQAutoencoder
 from latdiff3d.synthesis import Model
+from latdiff3d.wavelets import WaveletAutoencoder
 
 # MONAI's command, on the modules beside it or on none; an editable latdiff3d is found by a finder or a path of its own.
 ALONE = """
@@ -85,6 +89,27 @@ def test_the_configuration_is_the_runs_without_its_places(bundle, tiny_runs):
     assert common["bundle_root"] == "." and common["dataset_dir"] == "data"
     assert common["sampling_steps"] == 3
     assert read_yaml(bundle / "configs" / "train_autoencoder.yaml")["loss"]["disc_start"] == 3
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_a_stages_configuration_is_all_of_its_runs(bundle, tiny_runs, stage):
+    run = read_yaml(getattr(tiny_runs, stage) / "config.yaml")
+    common, own = (read_yaml(bundle / "configs" / name) for name in ("common.yaml", f"train_{stage}.yaml"))
+    assert {**common, **own}.keys() == run.keys()
+    assert {"train", "validate", "loss" if stage == "autoencoder" else "latents"} <= own.keys()
+    assert {key for key in own if run[key] != own[key]} <= {*export.PLACES}
+
+
+@pytest.mark.parametrize(
+    ("kind", "network", "has_stem"),
+    [("kl", AutoencoderKL, False), ("vq", VQAutoencoder, True), ("fast", AutoencoderKL, True)],
+)
+def test_an_overlay_in_the_bundle_is_another_autoencoder(bundle, kind, network, has_stem):
+    files = [bundle / "configs" / name for name in ("common.yaml", f"autoencoder_{kind}.yaml")]
+    autoencoder = ConfigParser(config.merged(files)).get_parsed_content("autoencoder")
+    assert isinstance(autoencoder, WaveletAutoencoder) == has_stem
+    assert isinstance(getattr(autoencoder, "network", autoencoder), network)
+    assert (bundle / "latdiff3d" / "quantization.py").is_file()
 
 
 def test_a_bundle_alone_samples_what_its_run_does(bundle, tiny_runs, mask, tmp_path):

@@ -84,13 +84,24 @@ def test_a_bundle_is_pushed_privately_with_its_version_and_a_card(exported_bundl
     assert not (exported_bundle / "README.md").exists()  # which MONAI writes
 
 
-def test_what_the_hub_says_is_one_line(exported_bundle, hub, monkeypatch):
+HfHubHTTPError = type("HfHubHTTPError", (Exception,), {"__module__": "huggingface_hub.errors"})
+ConnectError = type("ConnectError", (Exception,), {"__module__": "httpx2"})  # what the client meets without a network
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ConnectError, type("Forbidden", (HfHubHTTPError,), {})])
+def test_what_the_hub_says_is_one_line(exported_bundle, hub, monkeypatch, error):
     def refuse(self, **given):
-        raise ConnectionError("no route\nto the hub")
+        raise error("no route\nto the hub")
 
     monkeypatch.setattr(Hub, "create_repo", refuse)
     line = refused(run_here("push", exported_bundle, "--repo", "ann/tiny"))
     assert line.endswith("as ann/tiny: no route to the hub")
+
+
+def test_a_mistake_in_code_is_not_taken_for_the_hubs(exported_bundle, hub, monkeypatch):
+    monkeypatch.setattr(Hub, "create_repo", lambda self: None)  # which takes no such arguments
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        sharing.push(exported_bundle, "ann/tiny")
 
 
 @pytest.mark.parametrize(
