@@ -1,6 +1,6 @@
 """Does an edited scan stay itself outside the region, is its border without a step, and is the new lesion found?
 
-    python benchmarks/edit.py --data DATA --run runs/diffusion --segmenter runs/judge [--guidance 1] [--cases 5] [--short]
+    python benchmarks/edit.py --data DATA --run runs/diffusion --segmenter runs/judge [--cases 5] [--guidance 1]
 
 Of each validation case, the lesions of the next one that has room are moved to a place in its brain that holds none,
 and edited in, through files, as `latdiff3d edit` does: the region is the lesion and a latent cell around it. Measured:

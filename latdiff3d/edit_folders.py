@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from latdiff3d import preflight
 from latdiff3d.checkpoints import sha256
-from latdiff3d.editing import Edit, Site, edited, guidance_for
+from latdiff3d.editing import Edit, Site, edited, guidance_of_edits
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.layouts import scan_name
@@ -46,7 +46,7 @@ def jobs_for(
     Raises:
         InputError: see `Model.site_of`, `preflight.examine` and `Model.numbers_of`.
     """
-    scale = guidance_for(model.synthesizer.guidance, guidance).scale
+    scale = guidance_of_edits(model.synthesizer.guidance, guidance).scale
     errors, warnings = preflight.examine(model, mask, crop_matters=False)
     if errors:
         raise InputError(" ".join(errors))

@@ -192,7 +192,7 @@ def site_of(
     return Site(files, channels, affine, inside, air, labels, reference, grid, *cropped)
 
 
-def guidance_for(own: Guidance, scale: float | None) -> Guidance:
+def guidance_of_edits(own: Guidance, scale: float | None) -> Guidance:
     """Return the guidance of edits: of `scale`; where that is None, of the model's own, and where that is 1, GUIDANCE.
 
     Raises:
@@ -221,7 +221,7 @@ def edited(
         covariates: (1, N), NaN where nothing is known; None for a model without any.
         seed: of the noise.
         noise: lay noise as strong as the scan's over the region; an autoencoder keeps hardly any.
-        guidance: how strongly, see `guidance_for`; 1: not at all.
+        guidance: how strongly, see `guidance_of_edits`; 1: not at all.
 
     Raises:
         InputError: negative guidance.
@@ -230,7 +230,7 @@ def edited(
     drawn, without = (
         Condition(synthesizer.condition(each[None]), covariates) for each in (mask, mask.masked_fill(site.free > 0, 0))
     )
-    guided = replace(synthesizer, guidance=replace(guidance_for(synthesizer.guidance, guidance), against=without))
+    guided = replace(synthesizer, guidance=replace(guidance_of_edits(synthesizer.guidance, guidance), against=without))
     known = site.known(synthesizer.codec)
     decoded = guided.sample(known.latents.shape[1:], drawn, [seed], known=known)[0].cpu()
     return Edit(site, site.filled(decoded, seed if noise else None), decoded)
