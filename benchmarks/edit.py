@@ -1,6 +1,6 @@
 """Does an edited scan stay itself outside the region, is its border without a step, and is the new lesion found?
 
-    python benchmarks/edit.py --data DATA --run runs/diffusion --segmenter runs/judge [--cases 5] [--seeds 1] [--short]
+    python benchmarks/edit.py --data DATA --run runs/diffusion --segmenter runs/judge [--cases 5] [--guidance 1]
 
 Of each validation case, the lesions of the next one that has room are moved to a place in its brain that holds none,
 and edited in, through files, as `latdiff3d edit` does: the region is the lesion and a latent cell around it. Measured:
@@ -52,6 +52,7 @@ def main() -> None:
     """Edit, measure and print."""
     parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1, help="edits of each case")
+    parser.add_argument("--guidance", type=float, help="of the edits; 1: none (default: that of the command)")
     parser.add_argument("--short", action="store_true", help="two cases in five steps, to see that it runs")
     given = parser.parse_args()
     given.cases = 2 if given.short else given.cases
@@ -68,7 +69,7 @@ def main() -> None:
             if drawn is None:
                 print(f"{case['case']}: no place for another case's lesion", flush=True)
                 continue
-            for row in measured(judging, model, case, *drawn, given.seeds, out):
+            for row in measured(judging, model, case, *drawn, given.seeds, given.guidance, out):
                 print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), f" {case['case']}", flush=True)
                 rows.append(row)
     if not rows:
@@ -117,12 +118,19 @@ def drawn_into(
 
 
 def measured(
-    judging: Judging, model: Model, case: dict[str, Any], mask: Path, region: Path, num_seeds: int, out: Path
+    judging: Judging,
+    model: Model,
+    case: dict[str, Any],
+    mask: Path,
+    region: Path,
+    num_seeds: int,
+    guidance: float | None,
+    out: Path,
 ) -> Iterator[dict[str, float]]:
     """Edit a case and yield the figures of each edit."""
     scan = ",".join(str(file) for file in case["image"])
     writing = Writing(picture=True)
-    site, jobs = edit_folders.jobs_for(model, scan, mask, region, num_seeds, writing=writing)
+    site, jobs = edit_folders.jobs_for(model, scan, mask, region, num_seeds, writing=writing, guidance=guidance)
     wanted = nib.load(region).get_fdata() > 0
     for _, edit, files in edit_folders.make(model, site, jobs, out):
         stored = [

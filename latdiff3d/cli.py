@@ -92,7 +92,7 @@ def edit(
     seed: Annotated[int, typer.Option(help="of the first edit's noise")] = 0,
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpm_solver++, euler or heun")] = None,
     steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="how hard the mask pulls; default: the config's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="how hard what is drawn pulls; 1: not; default: 2")] = None,
     covariate: Annotated[list[str] | None, typer.Option(help="name=value, such as age=60; may be repeated")] = None,
     label_map: Annotated[str | None, typer.Option(help="file's label:model's label, such as 1:2,3:0")] = None,
     noise: Annotated[bool, typer.Option(help="lay noise as strong as the scan's over what is made")] = True,
@@ -108,11 +108,11 @@ def edit(
 
     require_counts(num_samples, seed)
     known = parse_covariates(covariate or [])
-    loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
+    loaded = latdiff3d.load(model, steps, gpus, sampler=sampler, settings=parse_settings(settings or []))
     if label_map is not None:
         loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
     writing = sample_folders.Writing(pictures, gif)
-    site, jobs = edit_folders.jobs_for(loaded, image, mask, region, num_samples, seed, known, writing, noise)
+    site, jobs = edit_folders.jobs_for(loaded, image, mask, region, num_samples, seed, known, writing, noise, guidance)
     left = [job for job in jobs if not sample_folders.is_made(job, out)]
     for _ in edit_folders.make(loaded, site, left, out):
         pass

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from latdiff3d import preflight
 from latdiff3d.checkpoints import sha256
-from latdiff3d.editing import Edit, Site, edited
+from latdiff3d.editing import Edit, Site, edited, guidance_of_edits
 from latdiff3d.errors import InputError
 from latdiff3d.handlers import progress_bar
 from latdiff3d.layouts import scan_name
@@ -30,6 +30,7 @@ def jobs_for(
     known: Mapping[str, Any] | None = None,
     writing: Writing = DEFAULTS,
     noise: bool = True,
+    guidance: float | None = None,
 ) -> tuple[Site, list[Job]]:
     """Look at a scan, a mask and a region, print the warnings, and return them with a job for each edit.
 
@@ -40,11 +41,12 @@ def jobs_for(
         seed: of the first.
         known: covariates by name.
         writing: its pictures alone count.
-        noise: see `editing.edited`.
+        noise, guidance: see `editing.edited`.
 
     Raises:
         InputError: see `Model.site_of`, `preflight.examine` and `Model.numbers_of`.
     """
+    scale = guidance_of_edits(model.synthesizer.guidance, guidance).scale
     errors, warnings = preflight.examine(model, mask, crop_matters=False)
     if errors:
         raise InputError(" ".join(errors))
@@ -55,6 +57,7 @@ def jobs_for(
     numbers = model.numbers_of(known or {}, site.grid)
     made_by = {
         **provenance_of(model),
+        "Guidance": scale,
         "Units": "those of the scan in Image",
         "DataType": [str(channel.numbers.dtype) for channel in site.channels],
         "Image": [{"Name": Path(file).name, "SHA256": sha256(Path(file))} for file in site.files],
@@ -77,8 +80,9 @@ def jobs_for(
 def make(model: Model, site: Site, jobs: Sequence[Job], out: str | Path) -> Iterator[tuple[str, Edit, list[Path]]]:
     """Make the edits of `jobs_for` in `out`, with a progress bar, and yield case, edit and the scan's files of each."""
     for job in progress_bar(jobs, desc="editing", unit="volume"):
-        condition = model.condition_of(site.grid, model.numbers_of(job.known, site.grid))
-        edit = edited(site, model.synthesizer, condition, job.seed, job.provenance["Noise"])
+        covariates = model.covariates_of(model.numbers_of(job.known, site.grid))
+        noise, guidance = job.provenance["Noise"], job.provenance["Guidance"]
+        edit = edited(site, model.synthesizer, covariates, job.seed, noise, guidance)
         sidecar = sidecar_file(Path(out), job.name)
         sidecar.parent.mkdir(parents=True, exist_ok=True)
         sidecar.unlink(missing_ok=True)  # of what was there before; the new one comes last

@@ -6,7 +6,7 @@ the autoencoder leaves no step. Noise as strong as the scan's is laid over it, f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -23,6 +23,7 @@ from latdiff3d.checks import affine_problem, grid_problem
 from latdiff3d.codec import LatentCodec
 from latdiff3d.conditioning import Condition
 from latdiff3d.errors import InputError
+from latdiff3d.guidance import Guidance
 from latdiff3d.membrane import membrane
 from latdiff3d.readers import read_header, read_volume, shape_problem, size_text
 from latdiff3d.scan_noise import noise_level, unit_noise
@@ -31,6 +32,7 @@ from latdiff3d.synthesizer import Synthesizer
 from latdiff3d.volumes import ModelGrid, labels_of, place_mask
 
 TOUCHED = 1e-3  # of a voxel of the model's grid: a smaller share of it in the region is rounding
+GUIDANCE = 2.0  # by benchmarks/edit.py
 NOISE_MARGIN = 3  # voxels around a region's box whose noise is told with it
 ROUNDING = 1e-5  # of the range of intensities, between a file's numbers and a preprocessed volume's
 
@@ -190,18 +192,47 @@ def site_of(
     return Site(files, channels, affine, inside, air, labels, reference, grid, *cropped)
 
 
-def edited(site: Site, synthesizer: Synthesizer, condition: Condition, seed: int, noise: bool = True) -> Edit:
+def guidance_of_edits(own: Guidance, scale: float | None) -> Guidance:
+    """Return the guidance of edits: of `scale`; where that is None, of the model's own, and where that is 1, GUIDANCE.
+
+    Raises:
+        InputError: a negative scale.
+    """
+    usual = GUIDANCE if own.scale == 1 else own.scale
+    return replace(own, scale=usual if scale is None else scale)
+
+
+def edited(
+    site: Site,
+    synthesizer: Synthesizer,
+    covariates: torch.Tensor | None,
+    seed: int,
+    noise: bool = True,
+    guidance: float | None = None,
+) -> Edit:
     """Return a scan whose region shows what the mask has drawn there; all other voxels are the scan's own.
+
+    What surrounds the region is known, and shows no lesion there; a denoiser that goes by it draws one too faintly.
+    So its prediction is pushed away from that for the same mask without any label in the region.
 
     Args:
         site: from `site_of`.
         synthesizer: the model's.
-        condition: of one volume, the site's mask and its covariates.
+        covariates: (1, N), NaN where nothing is known; None for a model without any.
         seed: of the noise.
         noise: lay noise as strong as the scan's over the region; an autoencoder keeps hardly any.
+        guidance: how strongly, see `guidance_of_edits`; 1: not at all.
+
+    Raises:
+        InputError: negative guidance.
     """
+    mask = site.grid.mask.as_tensor()
+    drawn, without = (
+        Condition(synthesizer.condition(each[None]), covariates) for each in (mask, mask.masked_fill(site.free > 0, 0))
+    )
+    guided = replace(synthesizer, guidance=replace(guidance_of_edits(synthesizer.guidance, guidance), against=without))
     known = site.known(synthesizer.codec)
-    decoded = synthesizer.sample(known.latents.shape[1:], condition, [seed], known=known)[0].cpu()
+    decoded = guided.sample(known.latents.shape[1:], drawn, [seed], known=known)[0].cpu()
     return Edit(site, site.filled(decoded, seed if noise else None), decoded)
 
 

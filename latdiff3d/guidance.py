@@ -26,6 +26,8 @@ class Guidance:
             at high noise costs variety and at low noise changes nothing (Kynkäänniemi et al. 2024, arXiv:2404.07724).
         null_value: what stands in a grid that says nothing, see `conditioning.Condition.null`.
         in_sequence: call the denoiser twice instead of with a batch twice as large: half the memory.
+        against: of the batch, what samples are pushed away from; None for the null. Any other condition needs no
+            `condition_dropout` (as Liu et al. 2022 negate a concept, arXiv:2206.01714).
 
     Raises:
         InputError: a negative scale, or an interval that is none.
@@ -35,6 +37,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     null_value: float = 0.0
     in_sequence: bool = False
+    against: Condition | None = None
 
     def __post_init__(self) -> None:
         if not self.scale >= 0:
@@ -58,7 +61,7 @@ class Guidance:
         """
         if not condition or not self.acts(sigma):
             return predict(noisy, condition)
-        null = condition.null(self.null_value)
+        null = condition.null(self.null_value) if self.against is None else self.against.to(noisy.device)
         if self.in_sequence:
             with_condition, without = predict(noisy, condition), predict(noisy, null)
         else:

@@ -262,10 +262,9 @@ class Model:
         spacing_mm = np.linalg.norm(np.asarray(grid.mask.affine)[:3, :3], axis=0).tolist()
         return self.covariates.numbers({**known, SPACING: spacing_mm}, "--covariate")
 
-    def condition_of(self, grid: ModelGrid | None, numbers: torch.Tensor) -> Condition:
-        """Return the condition of one volume: its mask on the latent grid, and covariates as `numbers_of` has them."""
-        of_mask = None if grid is None else self.synthesizer.condition(grid.mask.as_tensor()[None])
-        return Condition(of_mask, numbers[None] if len(self.covariates) else None)
+    def covariates_of(self, numbers: torch.Tensor) -> torch.Tensor | None:
+        """Return the covariates (1, N) of one volume's condition, `numbers_of` it; None for a model without any."""
+        return numbers[None] if len(self.covariates) else None
 
     def sample(
         self,
@@ -293,7 +292,8 @@ class Model:
         grid = self.grid_of(mask)
         numbers = self.numbers_of(known or {}, grid)
         said = self.covariates.values(numbers)
-        condition = self.condition_of(grid, numbers)
+        of_mask = None if grid is None else self.synthesizer.condition(grid.mask.as_tensor()[None])
+        condition = Condition(of_mask, self.covariates_of(numbers))
         factor = self.synthesizer.codec.factor
         num_channels = len(self.synthesizer.codec.latent_mean)
         window = [size // factor for size in self.crop_to]
@@ -331,6 +331,7 @@ class Model:
         seed: int = 0,
         known: Mapping[str, Any] | None = None,
         noise: bool = True,
+        guidance: float | None = None,
     ) -> Edit:
         """Return a real scan whose region shows what a mask has drawn there; all other voxels are the scan's own.
 
@@ -339,14 +340,14 @@ class Model:
             mask, region: their files, see `editing.site_of`.
             seed: of the noise.
             known: covariates by name, see `sample`.
-            noise: see `editing.edited`.
+            noise, guidance: see `editing.edited`.
 
         Raises:
             InputError: an unconditional model, a scan that is not whole, or see `editing.site_of` and `numbers_of`.
         """
         site = self.site_of(scan, mask, region)
-        condition = self.condition_of(site.grid, self.numbers_of(known or {}, site.grid))
-        return edited(site, self.synthesizer, condition, seed, noise)
+        covariates = self.covariates_of(self.numbers_of(known or {}, site.grid))
+        return edited(site, self.synthesizer, covariates, seed, noise, guidance)
 
 
 def cases_of_split(model: Model, dataset_dir: str | Path, split: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose, Spacingd
 
 from latdiff3d.conditioning import NoCondition
+from latdiff3d.editing import GUIDANCE
 from latdiff3d.errors import InputError
 from latdiff3d.phantoms import phantom_case
 from latdiff3d.provenance import inspect
@@ -290,6 +291,44 @@ def test_what_a_model_that_resamples_draws_lies_where_it_was_drawn(resampling, s
     away_mm = np.linalg.norm(centre_mm(darker, site.affine) - centre_mm(site.labels, site.affine))
     assert away_mm < 2  # half a voxel of the model's
     assert darker[site.labels > 0].mean() > 0.15 and not darker[~region].any()
+
+
+# What is drawn
+
+
+class Shares:
+    """A denoiser whose ε says how much of each cell the mask's label fills, and that counts what it is asked."""
+
+    def __init__(self, model, monkeypatch):
+        self.num_volumes = 0
+
+        def predicted(_denoiser, noisy, _timesteps, condition):
+            self.num_volumes += len(noisy)
+            return 0 * noisy - condition.grid[:, 2:3]
+
+        monkeypatch.setattr("latdiff3d.synthesizer.predicted", predicted)
+
+
+def test_what_is_drawn_is_told_from_the_same_mask_without_it_in_the_region_alone(model, drawn, monkeypatch):
+    asked = Shares(model, monkeypatch)
+    edits = [model.edit(drawn.scan, drawn.mask, drawn.region, guidance=scale).decoded for scale in (1.0, 2.0, None)]
+    steps = model.synthesizer.num_steps
+    assert asked.num_volumes == (1 + 2 + 2) * steps
+    assert torch.equal(edits[1], edits[2]) and not torch.equal(edits[0], edits[1])
+    write(drawn.mask, np.where(drawn.region_voxels, 0, drawn.mask_voxels))  # the scan's own lesion is left
+    empty = [model.edit(drawn.scan, drawn.mask, drawn.region, guidance=scale).decoded for scale in (1.0, 3.0)]
+    assert torch.allclose(*empty, atol=1e-5)
+
+
+def test_the_sidecar_says_how_hard_what_is_drawn_was_pushed(tiny_runs, drawn, tmp_path):
+    command = ("edit", "-r", tiny_runs.diffusion, *drawn.words, "--no-pictures", "--out", tmp_path / "out")
+    said = []
+    for words in ((), ("--guidance", "1"), ("guidance=3",)):
+        ended = run_here(*command, *words)
+        assert ended.code == 0 and "there" not in ended.out, ended
+        said.append(json.loads((tmp_path / "out" / "case" / "case.json").read_text())["Guidance"])
+    assert said == [GUIDANCE, 1, 3]
+    assert "guidance is -1.0; expected a number from 0 on" in refused(run_here(*command, "--guidance", "-1"))
 
 
 # The region

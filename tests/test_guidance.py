@@ -42,6 +42,13 @@ def test_the_prediction_is_extrapolated_from_the_null():
     assert torch.allclose(guided, z + 3 * condition.grid.mean(dim=(1, 2, 3, 4), keepdim=True), atol=1e-5)
 
 
+def test_samples_can_be_pushed_away_from_another_condition_than_the_null():
+    condition, other, z = fractions(), Condition(torch.full((2, CLASSES, 8, 8, 8), 0.2)), noisy()
+    for in_sequence in (False, True):
+        guided = Guidance(3.0, against=other, in_sequence=in_sequence)(Counted(), z, condition, 0.5)
+        assert torch.allclose(guided, z + 0.2 + 3 * (condition.grid.mean((1, 2, 3, 4), keepdim=True) - 0.2), atol=1e-5)
+
+
 def test_scale_0_is_the_null_and_scale_1_the_denoisers_own():
     condition, z = fractions(), noisy()
     assert torch.allclose(Guidance(0.0)(Counted(), z, condition, 0.5), z)
