@@ -34,7 +34,7 @@ def downsampling(network: nn.Module) -> int:
 
 
 class TrilinearAutoencoderKL(AutoencoderKL):
-    """AutoencoderKL with the upsampling of MAISI's, trilinear where MONAI's repeats the nearest cell.
+    """AutoencoderKL as MAISI's: trilinear upsampling where MONAI's repeats the nearest cell, and its norms' arithmetic.
 
     Args:
         args, network: AutoencoderKL's.
@@ -45,6 +45,24 @@ class TrilinearAutoencoderKL(AutoencoderKL):
         for module in self.decoder.modules():
             if isinstance(module, nn.Upsample):
                 module.mode = "trilinear"
+        for module in self.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = MaisiNorm
+
+
+class MaisiNorm(nn.GroupNorm):
+    """A GroupNorm that rounds as MAISI's, which subtracts, divides, scales and shifts one after the other, in float32.
+
+    By PyTorch's, outputs of MAISI's autoencoder with a standard deviation of 0.77 differ by 1.5e-5.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return (B, C, D, H, W) in float32, normalised over each group of channels."""
+        groups = input.float().unflatten(1, (self.num_groups, -1))  # (B, G, C/G, D, H, W)
+        axes = (2, 3, 4, 5)
+        mean, variance = groups.mean(axes, keepdim=True), groups.var(axes, correction=0, keepdim=True)
+        normalised = ((groups - mean) / (variance + self.eps).sqrt()).flatten(1, 2)  # (B, C, D, H, W)
+        return normalised * self.weight.view(-1, 1, 1, 1) + self.bias.view(-1, 1, 1, 1)
 
 
 def placed(network: nn.Module, device: torch.device) -> nn.Module:
