@@ -38,6 +38,7 @@ def surface_distances(
     spacing = [float(size) for size in spacing_mm]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* is all 0")  # told by NaN
+        warnings.filterwarnings("ignore", category=FutureWarning, module="monai")  # of what MONAI itself passes
         hd95 = compute_hausdorff_distance(*pair, percentile=95, spacing=spacing)
         assd = compute_average_surface_distance(*pair, symmetric=True, spacing=spacing)
     return SurfaceDistances(*(_finite(values[0].double().numpy()) for values in (hd95, assd)))

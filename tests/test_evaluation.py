@@ -99,13 +99,6 @@ def test_a_second_call_makes_nothing_and_says_the_same(evaluated, words, tmp_pat
     assert {name: (out / name).read_bytes() for name in WRITTEN} == said
 
 
-def test_what_is_cached_gives_the_figures_that_it_gave_when_it_was_made(evaluated, words, tmp_path):
-    out = shutil.copytree(evaluated[0], tmp_path / "out")
-    shutil.rmtree(out / "figures")
-    assert run_here(*words, "--out", out).code == 0
-    assert told(out) == told(evaluated[0])
-
-
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluated, words, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -129,7 +122,7 @@ def test_another_seed_makes_other_samples_of_the_same_reals(evaluated, words, tm
     assert told(out)["sections"]["realism"] != told(evaluated[0])["sections"]["realism"]
 
 
-def test_a_damaged_volume_is_read_anew(evaluated, words, tmp_path):
+def test_what_is_cached_gives_the_same_figures_and_what_is_damaged_is_made_anew(evaluated, words, tmp_path):
     out = shutil.copytree(evaluated[0], tmp_path / "out")
     shutil.rmtree(out / "figures")
     damaged = sorted((out / "volumes").glob("*.npz"))[0]
