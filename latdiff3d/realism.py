@@ -1,6 +1,7 @@
 """Realism, a section of an evaluation: whether synthetic volumes are distributed as real ones are, and as sharp."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,16 +186,21 @@ def _histogram(
     def distance(one: np.ndarray, other: np.ndarray) -> float:
         return float(wasserstein_distance(bins, bins, one.sum(0), other.sum(0)))
 
-    return {
-        modality: {
-            "distance": rounded(distance(counts[:, c], of_made[:, c])),
-            "interval": interval(
-                lambda w, c=c: distance(w[:, None] * counts[:, c], w[:, None] * of_made[:, c]), len(real)
-            ),
-            **_floor(distance, counts[:, c], of_training[:, c] if len(training) else of_training, seed),
+    figures = {}
+    for c, modality in enumerate(modalities):
+        one, other = counts[:, c], of_made[:, c]  # (N, B)
+        figures[modality] = {
+            "distance": rounded(distance(one, other)),
+            "interval": interval(partial(_weighted, distance, one, other), len(real)),
+            **_floor(distance, one, of_training[:, c] if len(training) else of_training, seed),
         }
-        for c, modality in enumerate(modalities)
-    }
+    return figures
+
+
+def _weighted(
+    distance: Callable[[np.ndarray, np.ndarray], float], one: np.ndarray, other: np.ndarray, weights: np.ndarray
+) -> float:
+    return distance(weights[:, None] * one, weights[:, None] * other)
 
 
 def _sum(arrays: Any) -> np.ndarray:
@@ -236,13 +242,13 @@ def _distance_table(network: str, of: Mapping[str, Any]) -> str:
     rows = []
     for key, name in KERNELS.items():
         one = of[key]
-        floor = with_interval(one["floor"], one["floor_interval"], 4)
-        rows.append([name, with_interval(one["value"], one["interval"], 4), floor, f"{one['n']} / {one['floor_n']}"])
+        floor = with_interval(one["floor"], one["floor_interval"])
+        rows.append([name, with_interval(one["value"], one["interval"]), floor, f"{one['n']} / {one['floor_n']}"])
     frechet = of["frechet"]
     if frechet["refused"]:
         rows.append(["Fréchet distance", "refused", "–", f"{frechet['n']}, needs {frechet['n_min']}"])
     else:
-        shown = [with_interval(frechet[key], frechet[f"{key}_interval"], 3) for key in ("distance", "floor")]
+        shown = [with_interval(frechet[key], frechet[f"{key}_interval"]) for key in ("distance", "floor")]
         rows.append(["Fréchet distance", *shown, str(frechet["n"])])
     head = ["", "synthetic", "real against real", "n"]
     why = f"<p class=note>Fréchet distance: {frechet['refused']}.</p>" if frechet["refused"] else ""
@@ -256,8 +262,8 @@ def sentence(figures: Mapping[str, Any]) -> str:
         one = of["mmd"]
         said.append(
             f"In features of {name} the synthetic volumes lie at a squared MMD of "
-            f"{with_interval(one['value'], one['interval'], 3)} from the real ones, n = {one['n']}, real volumes at "
-            f"{with_interval(one['floor'], one['floor_interval'], 3)} from each other."
+            f"{with_interval(one['value'], one['interval'])} from the real ones, n = {one['n']}, real volumes at "
+            f"{with_interval(one['floor'], one['floor_interval'])} from each other."
         )
     spectrum = figures["spectrum"]
     said.append(
