@@ -99,8 +99,8 @@ class RealVolumes(Sequence[RealVolume]):
             whole_files.write(path, buffer.getvalue())
         with np.load(path) as stored:
             image = stored["image"].astype(np.float32) / STEPS
-            mask = stored["mask"] if stored["mask"].size else None
-            return RealVolume(Path(str(case["case"])).name, image, mask, stored["own"], stored["spacing_mm"])
+            labels = stored["mask"] if stored["mask"].size else None
+            return RealVolume(Path(str(case["case"])).name, image, labels, stored["own"], stored["spacing_mm"])
 
 
 @dataclass

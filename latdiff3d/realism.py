@@ -60,26 +60,13 @@ def measure(
     examples: Sequence[tuple[str, np.ndarray]],
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the figures of realism and their pictures.
+    """Return the figures of realism, see `figures_of`, and pictures: spectra, histograms and slices.
 
     Args:
-        features: by network.
-        real: of N real volumes.
-        made: of S for each of these, S × N.
-        training: of M other real volumes, M may be 0.
-        modalities: C names.
         examples: names and volumes (C, D, H, W) to show.
-        seed: of the draws of a floor.
     """
-    figures = {
-        "num_cases": len(real),
-        "num_samples": len(made),
-        "networks": {name: distances(sets, seed) for name, sets in features.items()},
-        "spectrum": _spectrum(real, made, training, modalities, seed),
-        "histogram": _histogram(real, made, training, modalities, seed),
-    }
-    flat = [one for sample in made for one in sample]
-    curves = {"real": (real, INK), "synthetic": (flat, ORANGE)}
+    figures = figures_of(features, real, made, training, modalities, seed)
+    curves = {"real": (real, INK), "synthetic": ([one for sample in made for one in sample], ORANGE)}
     with np.errstate(invalid="ignore", divide="ignore"):
         spectra = {
             name: Curve(_sum(p.energies for p in of) / _sum(p.shares for p in of), colour)
@@ -91,6 +78,33 @@ def measure(
         SPECTRUM: spectra_png(spectra, modalities),
         HISTOGRAM: curves_png(centres, histograms, modalities, "intensity", "share of voxels", logarithmic=True),
         SLICES: preview_png([volume for _, volume in examples], [name for name, _ in examples]),
+    }
+
+
+def figures_of(
+    features: Mapping[str, FeatureSets],
+    real: Sequence[Profile],
+    made: Sequence[Sequence[Profile]],
+    training: Sequence[Profile],
+    modalities: Sequence[str],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the figures of realism.
+
+    Args:
+        features: by network.
+        real: of N real volumes.
+        made: of S for each of these, S × N.
+        training: of M other real volumes, M may be 0.
+        modalities: C names.
+        seed: of the draws of a floor.
+    """
+    return {
+        "num_cases": len(real),
+        "num_samples": len(made),
+        "networks": {name: distances(sets, seed) for name, sets in features.items()},
+        "spectrum": _spectrum(real, made, training, modalities, seed),
+        "histogram": _histogram(real, made, training, modalities, seed),
     }
 
 
