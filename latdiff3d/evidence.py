@@ -90,17 +90,8 @@ class RealVolumes(Sequence[RealVolume]):
             return [self[k] for k in range(*index.indices(len(self)))]
         path, case = self.folder / f"{self.keys[index]}.npz", self.cases[index]
         if not _is_whole(path):
-            real = real_volume(self.model, case)
-            stored_image, own = np.round(real.image * STEPS).astype(np.uint16), real.own.astype(np.uint8)
-            # No mask is stored as an array of no voxels.
-            mask = np.zeros(0, np.uint8) if real.mask is None else real.mask.astype(np.uint8)
-            buffer = io.BytesIO()
-            np.savez(buffer, image=stored_image, own=own, mask=mask, spacing_mm=real.spacing_mm)
-            whole_files.write(path, buffer.getvalue())
-        with np.load(path) as stored:
-            image = stored["image"].astype(np.float32) / STEPS
-            labels = stored["mask"] if stored["mask"].size else None
-            return RealVolume(Path(str(case["case"])).name, image, labels, stored["own"], stored["spacing_mm"])
+            _store(path, real_volume(self.model, case))
+        return _stored(path, _name(case))
 
 
 @dataclass
@@ -253,7 +244,7 @@ def real_volume(model: Model, case: Mapping[str, Any]) -> RealVolume:
     Raises:
         InputError: a case that cannot be read, or whose image and mask do not go together.
     """
-    name = Path(str(case["case"])).name
+    name = _name(case)
     if not model.is_conditional:
         transforms = [
             *model.preprocessing.transforms,
@@ -308,6 +299,21 @@ def _require_spacing(model: Model, cases: Sequence[Mapping[str, Any]], dataset_d
         raise InputError(f"{dataset_dir} {unseen} and does not resample. Resample the data, or evaluate on its own.")
 
 
+def _store(path: Path, real: RealVolume) -> None:
+    image = np.round(real.image * STEPS).astype(np.uint16)
+    mask = np.zeros(0) if real.mask is None else real.mask
+    buffer = io.BytesIO()
+    np.savez(buffer, image=image, mask=mask.astype(np.uint8), own=real.own.astype(np.uint8), spacing_mm=real.spacing_mm)
+    whole_files.write(path, buffer.getvalue())
+
+
+def _stored(path: Path, name: str) -> RealVolume:
+    with np.load(path) as arrays:
+        image = arrays["image"].astype(np.float32) / STEPS
+        mask = arrays["mask"] if arrays["mask"].size else None
+        return RealVolume(name, image, mask, arrays["own"], arrays["spacing_mm"])
+
+
 def _is_whole(path: Path) -> bool:
     """Say whether a file of arrays is there, its checksums right."""
     try:
@@ -315,6 +321,10 @@ def _is_whole(path: Path) -> bool:
             return archive.testzip() is None
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    return Path(str(case["case"])).name
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

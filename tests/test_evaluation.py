@@ -21,15 +21,6 @@ WRITTEN = ("evaluation.html", "evaluation.json", "model_card.md")
 
 
 @pytest.fixture(scope="module")
-def judge(phantoms, tmp_path_factory):
-    """A tiny segmenter for evaluation; not to be written to."""
-    logdir = tmp_path_factory.mktemp("judge")
-    ended = train_here("segmenter", phantoms, logdir, "judge", purpose="evaluation", max_epochs=1)
-    assert ended.code == 0, ended.err
-    return logdir / "judge"
-
-
-@pytest.fixture(scope="module")
 def words(tiny_runs, judge):
     return ("evaluate", "--model", tiny_runs.diffusion, "--data", tiny_runs.data, "--segmenter", judge)
 
@@ -158,6 +149,15 @@ def test_a_model_without_masks_is_evaluated_as_far_as_it_goes(tiny_runs, tmp_pat
     assert sections["mask_fidelity"] == {"left_out": "an unconditional model has no masks to follow"}
     assert sections["realism"]["networks"] == {} and sections["realism"]["spectrum"]["ratio"] > 0
     assert "Not measured: an unconditional model" in (tmp_path / "out" / "evaluation.html").read_text()
+
+
+def test_an_exported_bundle_is_evaluated_as_its_run_is(exported_bundle, evaluated, words, tmp_path):
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    ended = run_here(*[exported_bundle if word == words[2] else word for word in words], "--out", out, "-n", 1)
+    assert ended.code == 0, ended.err
+    figures, of_run = told(out)["sections"], told(evaluated[0])["sections"]
+    assert figures["codec_fidelity"] == of_run["codec_fidelity"]
+    assert figures["mask_fidelity"]["dice_real"] == of_run["mask_fidelity"]["dice_real"]
 
 
 # Bad input
