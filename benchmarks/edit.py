@@ -30,14 +30,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from judging import Judging, arguments, figure, interval
+from judging import Judging, arguments
 from scipy import ndimage
 
 from latdiff3d import edit_folders
+from latdiff3d.bootstrap import interval
 from latdiff3d.cli import door
 from latdiff3d.editing import Site
 from latdiff3d.errors import InputError
 from latdiff3d.mask_fidelity import segmented
+from latdiff3d.plain_figures import rounded
 from latdiff3d.readers import read_volume
 from latdiff3d.sample_folders import Writing
 from latdiff3d.scan_noise import noise_level
@@ -75,13 +77,13 @@ def main() -> None:
     if not rows:
         raise InputError(f"no validation case of {given.data} has room for another's lesion; expected some.")
     values = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    summary: dict[str, Any] = {key: figure(float(np.nanmean(each))) for key, each in values.items()}
+    summary: dict[str, Any] = {key: rounded(float(np.nanmean(each))) for key, each in values.items()}
     for key in ("border_gradient_ratio", "segmenter_dice"):
         of_key = values[key]
         summary[f"{key}_interval"] = interval(lambda w, each=of_key: float(w @ each / w.sum()), len(rows))
     pairs = zip(judging.reals, judging.masks, strict=True)
     real = [dice(segmented(judging.judge, volume) > 0, mask > 0) for volume, mask in pairs]
-    summary["segmenter_dice_real"] = figure(float(np.mean(real)))
+    summary["segmenter_dice_real"] = rounded(float(np.mean(real)))
     print(json.dumps({**summary, "num_edits": len(rows)}))
 
 

@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import Judging, arguments, figure, interval, real_volumes, standardised
+from judging import Judging, arguments, real_volumes
 from matplotlib.figure import Figure
 
+from latdiff3d.bootstrap import interval
 from latdiff3d.cli import door
 from latdiff3d.errors import InputError
 from latdiff3d.fidelity import own_voxels
@@ -38,8 +39,10 @@ from latdiff3d.kernel_distance import (
     paired_squared_mmd,
     polynomial_kernel,
     similarities,
+    standardised,
 )
 from latdiff3d.mask_fidelity import dice_table, matched_dice, mismatched_dice, normalised_fidelity, segmented
+from latdiff3d.plain_figures import rounded
 from latdiff3d.spectrum import high_frequency_energy
 from latdiff3d.synthesis import Model, cases_of_split
 
@@ -64,7 +67,7 @@ def main() -> None:
         guided = replace(model, synthesizer=replace(model.synthesizer, guidance=guided_by(model, scale)))
         volumes = [guided.sample(case["mask"], seed).volume for seed, case in enumerate(judging.cases)]
         seconds = (time.perf_counter() - begun) / len(volumes)
-        rows[scale] = measured(judging, volumes, real_table) | {"seconds": figure(seconds)}
+        rows[scale] = measured(judging, volumes, real_table) | {"seconds": rounded(seconds)}
         print_row(f"guidance {scale:g}", rows[scale])
     painted = measured(judging, painted_masks(judging, given.data), real_table)
     print_row("painted masks", painted)
@@ -77,7 +80,7 @@ def main() -> None:
         **{name: leading[name] for name in names},
         "mmd_painted": painted["mmd"],
         "gaussian_mmd_painted": painted["gaussian_mmd"],
-        "dice_real": figure(matched_dice(real_table)),
+        "dice_real": rounded(matched_dice(real_table)),
         "scales": {f"{scale:g}": row for scale, row in rows.items()},
         "painted": painted,
         "num_cases": len(judging.cases),
@@ -114,15 +117,15 @@ def measured(judging: Judging, volumes: Sequence[torch.Tensor], real_table: np.n
     gaussian = similarities(reference, features, gaussian_kernel(median_distance(reference)))
     num_cases = len(volumes)
     return {
-        "mask_fidelity": figure(fidelity),
+        "mask_fidelity": rounded(fidelity),
         "mask_fidelity_interval": interval(lambda w: normalised_fidelity(table, real_table, w), num_cases),
-        "dice": figure(matched_dice(table)),
-        "dice_shuffled": figure(mismatched_dice(table)),
-        "spectrum_ratio": figure(float(energies[:, 0].sum() / energies[:, 1].sum())),
+        "dice": rounded(matched_dice(table)),
+        "dice_shuffled": rounded(mismatched_dice(table)),
+        "spectrum_ratio": rounded(float(energies[:, 0].sum() / energies[:, 1].sum())),
         "spectrum_ratio_interval": interval(lambda w: float(w @ energies[:, 0] / (w @ energies[:, 1])), num_cases),
-        "mmd": figure(paired_squared_mmd(kid)),
+        "mmd": rounded(paired_squared_mmd(kid)),
         "mmd_interval": interval(lambda w: paired_squared_mmd(kid, w), num_cases),
-        "gaussian_mmd": figure(paired_squared_mmd(gaussian)),
+        "gaussian_mmd": rounded(paired_squared_mmd(gaussian)),
     }
 
 

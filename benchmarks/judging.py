@@ -1,26 +1,21 @@
 """What benchmarks of sampled volumes share: a trained run, its judge, and the real volumes of the validation masks."""
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import SpatialPad
 from torch import nn
 
 from latdiff3d import checkpoints, runs
 from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.errors import InputError
-from latdiff3d.kernel_distance import bootstrap_interval
-from latdiff3d.segmentation import encoder_features, load_judge
+from latdiff3d.evidence import judge_of, real_volume
+from latdiff3d.segmentation import encoder_features
 from latdiff3d.synthesis import Model, cases_of_split
-
-SPREAD_FLOOR = 0.1  # of the median: a feature that hardly varies over the real volumes would decide all distances
-SETTINGS = ("modalities", "labels", "mask_mode", "spacing", "intensity_percentiles")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -65,11 +60,11 @@ class Judging:
         model = Model.load(given.run, guidance=guidance)
         if not model.is_conditional:
             raise InputError(f"{given.run} is an unconditional model; expected one that makes volumes for masks.")
-        judge = load_judge(judge_run, judged(model), {key: model.config[key] for key in SETTINGS})
+        judge = judge_of(model, judge_run)
         cases = cases_of_split(model, given.data, "val")[: given.cases]
         if len(cases) < 2:
             raise InputError(f"{given.data} has {len(cases)} validation case; expected two at least.")
-        return cls(model, judge.to(model.synthesizer.device), cases, *real_volumes(model, cases))
+        return cls(model, judge, cases, *real_volumes(model, cases))
 
     def features(self, volumes: Sequence[torch.Tensor], own: Sequence[torch.Tensor] | None = None) -> np.ndarray:
         """Return the judge's features (N, F) of volumes (C, D, H, W), for the validation masks if `own` is None."""
@@ -96,41 +91,10 @@ def train_missing(given: argparse.Namespace, judge_run: str) -> None:
     train("segmenter", judge_run, purpose="evaluation")
 
 
-def judged(model: Model) -> list[dict[str, Any]]:
-    """Return the contents of both stages' checkpoints; of stage 1's, only where it still is."""
-    content = checkpoints.load(model.path, "diffusion")
-    first = Path(content["first_stage"]["path"])
-    return [content, *([checkpoints.load(first, "autoencoder")] if first.is_file() else [])]
-
-
 def real_volumes(
     model: Model, cases: Sequence[dict[str, Any]]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Return the cases' volumes (C, D, H, W) as the model sees them, cut around their masks, masks and own voxels."""
-    volumes, masks, own = [], [], []
-    for case in cases:
-        grid = model.grid_of(case["mask"])
-        assert grid is not None
-        image = model.preprocessing({"image": case["image"]})["image"]
-        padded = SpatialPad(model.crop_to, mode="edge")(image)  # as in training
-        volumes.append(torch.as_tensor(grid.crop(padded)).float())
-        masks.append(grid.mask.as_tensor().float())
-        own.append(torch.as_tensor(grid.crop(grid.pad(torch.ones_like(image[:1])))).float())
-    return volumes, masks, own
-
-
-def standardised(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what brings features (N, F) to units of their spread over `reference`, the real volumes'."""
-    centre, spread = reference.mean(0), reference.std(0)
-    spread = spread.clip(SPREAD_FLOOR * np.median(spread))
-    return lambda features: (features - centre) / spread
-
-
-def interval(statistic: Callable[[np.ndarray], float], num_cases: int) -> list[float | None]:
-    """Return a statistic's 95 % interval, by bootstrap over cases."""
-    return [figure(end) for end in bootstrap_interval(statistic, num_cases)]
-
-
-def figure(value: float) -> float | None:
-    """Return a number as it is printed, None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else float(f"{value:.4g}")
+    """Return the cases' volumes (C, D, H, W), masks and own voxels (1, D, H, W), see `evidence.real_volume`."""
+    found = [real_volume(model, case) for case in cases]
+    volumes, own = [torch.as_tensor(real.image) for real in found], [torch.as_tensor(real.own) for real in found]
+    return volumes, [torch.as_tensor(real.mask) for real in found], own

@@ -30,15 +30,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from judging import Judging, arguments, figure, interval, real_volumes, standardised
+from judging import Judging, arguments, real_volumes
 from monai.bundle import ConfigParser
 from monai.inferers import LatentDiffusionInferer
 from torch import nn
 
+from latdiff3d.bootstrap import interval, mean_interval
 from latdiff3d.cli import door
 from latdiff3d.devices import autocast
+from latdiff3d.diversity import likeness
 from latdiff3d.errors import InputError
-from latdiff3d.fidelity import ms_ssim, num_scales
 from latdiff3d.kernel_distance import (
     Kernel,
     Similarities,
@@ -48,8 +49,10 @@ from latdiff3d.kernel_distance import (
     polynomial_kernel,
     similarities,
     squared_mmd,
+    standardised,
 )
 from latdiff3d.noise_schedules import FlowSchedule
+from latdiff3d.plain_figures import rounded
 from latdiff3d.synthesis import Model, cases_of_split
 
 STEPS = 50  # of the two others
@@ -176,11 +179,9 @@ class CallCounter:
 
 def neighbours(volumes: Sequence[torch.Tensor]) -> np.ndarray:
     """Return MS-SSIM of each case's volume and the next one's (N,); NaN where volumes are too small for it."""
-    if num_scales(volumes[0].shape[1:]) < 2:
-        return np.full(len(volumes), np.nan)
-    following = [*volumes[1:], volumes[0]]
-    pairs = zip(volumes, following, strict=True)
-    return np.array([ms_ssim(one.numpy(), other.numpy()).mean() for one, other in pairs])
+    whole = np.ones_like(volumes[0][:1].numpy())
+    pairs = zip(volumes, [*volumes[1:], volumes[0]], strict=True)
+    return np.array([likeness(one.numpy(), other.numpy(), whole) for one, other in pairs])
 
 
 def summarised(
@@ -203,23 +204,23 @@ def summarised(
         distances = {arm: [paired_squared_mmd(one) for one in found] for arm, found in between.items()}
         prefix = "" if kernel_name == "kid" else f"{kernel_name}_"
         summary |= {
-            f"{prefix}mmd_ratio": figure(median_ratio(between)),
+            f"{prefix}mmd_ratio": rounded(median_ratio(between)),
             f"{prefix}mmd_ratio_interval": interval(lambda w, b=between: median_ratio(b, w), len(reference)),
-            **{f"{prefix}mmd_{arm}": [figure(value) for value in found] for arm, found in distances.items()},
-            f"{prefix}mmd_train": figure(squared_mmd(similarities(reference, scaled(other_features), kernel))),
+            **{f"{prefix}mmd_{arm}": [rounded(value) for value in found] for arm, found in distances.items()},
+            f"{prefix}mmd_train": rounded(squared_mmd(similarities(reference, scaled(other_features), kernel))),
         }
         if kernel_name == "kid":
             better = min(("ddim", "monai"), key=lambda arm: np.median(distances[arm]))
     per_volume = {arm: float(np.mean(found)) for arm, found in seconds.items()}
     alike = {"real": real.alike, **{arm: found.alike for arm, found in made.items()}}
     return {
-        "time_ratio": figure(per_volume["ours"] / per_volume[better]),
+        "time_ratio": rounded(per_volume["ours"] / per_volume[better]),
         "better": better,
         **summary,
-        **{f"seconds_{arm}": figure(value) for arm, value in per_volume.items()},
+        **{f"seconds_{arm}": rounded(value) for arm, value in per_volume.items()},
         **{f"calls_{arm}": value for arm, value in counted.items()},
-        **{f"ms_ssim_{name}": figure(float(np.mean(values))) for name, values in alike.items()},
-        **{f"ms_ssim_{name}_interval": variety_interval(np.mean(values, axis=0)) for name, values in alike.items()},
+        **{f"ms_ssim_{name}": rounded(float(np.mean(values))) for name, values in alike.items()},
+        **{f"ms_ssim_{name}_interval": mean_interval(np.mean(values, axis=0)) for name, values in alike.items()},
         "num_cases": len(reference),
         "num_seeds": len(made["ours"].features),
         "num_threads": torch.get_num_threads(),
@@ -233,13 +234,6 @@ def median_ratio(between: dict[str, list[Similarities]], weights: np.ndarray | N
         best = min(paired_squared_mmd(one, weights) for one in others)
         ratios.append(paired_squared_mmd(ours, weights) / best if best > 0 else math.nan)
     return float(np.median(ratios))
-
-
-def variety_interval(alike: np.ndarray) -> list[float | None]:
-    """Return the interval of a mean over neighbouring cases (N,)."""
-    if np.isnan(alike).any():
-        return [None, None]
-    return interval(lambda weights: float(weights @ alike / weights.sum()), len(alike))
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -146,6 +146,40 @@ def reconstruct(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Option("--model", "-r", help="checkpoint of stage 2, its run's folder, or a bundle's")],
+    data: Annotated[Path, typer.Option(help="a data set with real volumes")],
+    out: Annotated[Path, typer.Option(help="folder for all that is made and measured")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value of sampling, as for sample")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test")] = "val",
+    segmenter: Annotated[
+        str | None, typer.Option(help="run with purpose=evaluation; default: trained in --out")
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="architecture=file of a published network; repeatable")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("-n", help="volumes for each mask")] = 2,
+    num_training: Annotated[int, typer.Option(help="training volumes to look at, at most")] = 200,
+    seed: Annotated[int, typer.Option(help="of all that is drawn")] = 0,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm, dpm_solver++, euler or heun")] = None,
+    steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="how hard the mask pulls; default: the config's")] = None,
+    config: Annotated[list[Path] | None, typer.Option(help="overlay YAML for a segmenter that is trained here")] = None,
+    gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
+) -> None:
+    """Measure a model: reconstruction, realism, diversity, mask fidelity. What is there is kept."""
+    import latdiff3d
+    from latdiff3d import evaluation
+    from latdiff3d.config import parse_settings
+
+    loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
+    evaluation.evaluate(
+        loaded, data, out, split, segmenter, weights or [], num_samples, num_training, seed, config or []
+    )
+    print(f"{out / evaluation.PAGE} shows it; {evaluation.FIGURES} and {evaluation.CARD} are beside it")
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Option(help="a finished run of stage 2, or its checkpoint")],
     to: Annotated[Path, typer.Option(help="the bundle's folder, which is not there yet")],

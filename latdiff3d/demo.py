@@ -15,9 +15,9 @@ from scipy import ndimage
 from latdiff3d import datalist, devices, doctor, layouts, runs
 from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.errors import InputError
-from latdiff3d.evaluation import ContrastAgreement, contrast_sign_agreement
 from latdiff3d.fidelity import psnr
 from latdiff3d.figures import ContactRow, contact_sheet
+from latdiff3d.lesion_contrast import ContrastAgreement, contrast_sign_agreement
 from latdiff3d.phantoms import write_phantoms
 from latdiff3d.sample_folders import jobs_for, make
 from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of

@@ -1,157 +1,308 @@
-"""What is measured on a sample: does it show, in the volume, what its mask asks for."""
+"""Is a model any good? All sections of an evaluation, each computed once, on one page, in one JSON and in a paragraph.
 
-from collections.abc import Sequence
+A section is a module of its own with three functions:
+
+    measure(plain inputs) -> (figures, pictures)    figures: a dict as JSON has it, None for what is undefined;
+                                                    pictures: PNG bytes by name
+    render(figures, pictures) -> HTML
+    sentence(figures) -> what a model card says of it, plain text
+
+and an entry in `SECTIONS`, whose `measure` takes an `Evidence` and hands the module its plain inputs: `evidence.reals`,
+`evidence.training`, `evidence.made(sample, case)`, `evidence.features[network]`. Its outcome is kept, pictures too, in
+`DIR/figures/<name>.json` under a hash of the evidence (`Evidence.key`) and of the code of this module and of the
+section's, and is taken from there by the next run. `render` and `sentence` see nothing else.
+"""
+
+import base64
+import html
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
-from scipy import ndimage
+import torch
+
+from latdiff3d import (
+    __version__,
+    checkpoints,
+    codec_fidelity,
+    diversity,
+    fingerprints,
+    mask_fidelity,
+    realism,
+    runs,
+    whole_files,
+)
+from latdiff3d.errors import InputError
+from latdiff3d.evidence import SETTINGS, Evidence, judge_of
+from latdiff3d.features import pretrained_network, segmenter_network
+from latdiff3d.fidelity import own_voxels
+from latdiff3d.handlers import progress_bar
+from latdiff3d.html_page import page
+from latdiff3d.mask_fidelity import segmented
+from latdiff3d.plain_figures import finite, write_json
+from latdiff3d.quality_pictures import outlined_png
+from latdiff3d.synthesis import Model
+
+PAGE, FIGURES, CARD = "evaluation.html", "evaluation.json", "model_card.md"
+NUM_SHOWN = 3  # cases, real and synthetic
+LEFT_OUT = "left_out"  # the one figure of a section that was not measured: why
+
+Figures = dict[str, Any]
+Pictures = dict[str, bytes]
 
 
 @dataclass(frozen=True)
-class ContrastAgreement:
-    """How often synthetic lesions are brighter, or darker, than their surround where real ones are.
+class Section:
+    """A part of an evaluation.
 
-    Compare `agreement` with `shuffled`, never with 0: a lesion that is always bright agrees by brightness anywhere.
+    Attributes:
+        title: of its heading.
+        module: that has its `render` and `sentence`; its name is the section's.
+        measure: see this module's docstring.
+        needs_masks: it says nothing of a model without masks.
     """
 
-    agreement: float  # fraction of the scored pairs; NaN where there is none
-    shuffled: float  # the floor: the same samples scored at every other case's lesion
-    num_pairs: int  # (case, channel) pairs scored: clear in the real volume, defined in the synthetic one
-    num_shuffled_pairs: int  # (sample, other case, channel) triples scored
-    num_undefined: int  # clear pairs left out because the synthetic contrast is NaN
-    num_shuffled_undefined: int
-    per_channel: tuple[float, ...]  # agreement by channel; NaN where no pair was clear
-    shuffled_per_channel: tuple[float, ...]
+    title: str
+    module: ModuleType
+    measure: Callable[[Evidence], tuple[Figures, Pictures]]
+    needs_masks: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return what its files, and its figures in the JSON, are called."""
+        return self.module.__name__.rpartition(".")[2]
 
 
-def lesion_contrast(image: np.ndarray, lesion: np.ndarray, brain: np.ndarray, ring_voxels: float = 3) -> np.ndarray:
-    """Measure how far a lesion stands out: (its mean - its surround's mean) / its surround's std, per channel.
-
-    Args:
-        image: (C, D, H, W), any unit.
-        lesion: (D, H, W) bool; all its voxels count, inside the brain or not.
-        brain: (D, H, W) bool, where the surround may lie.
-        ring_voxels: the surround holds the voxels at most this far (Euclidean, in voxels) from the lesion.
-
-    Returns:
-        (C,) float64; NaN where the lesion or its surround is empty, infinite where the surround is flat and the
-        lesion differs.
-
-    Raises:
-        ValueError: the grids differ.
-    """
-    if image.shape[1:] != lesion.shape or brain.shape != lesion.shape:
-        raise ValueError(f"image {image.shape}, lesion {lesion.shape}, brain {brain.shape}: give one grid to all.")
-    return _contrast(image, brain, _site(lesion, ring_voxels))
+# The sections
 
 
-def contrast_sign_agreement(
-    real: Sequence[np.ndarray],
-    synthetic: Sequence[np.ndarray],
-    lesions: Sequence[np.ndarray],
-    brains_real: Sequence[np.ndarray],
-    brains_synthetic: Sequence[np.ndarray],
-    clear_above: float = 1.0,
-    ring_voxels: float = 3,
-) -> ContrastAgreement:
-    """Ask whether synthetic lesions have the sign of the real ones' contrast, beside the floor that chance gives.
+def _codec_fidelity(evidence: Evidence) -> tuple[Figures, Pictures]:
+    return codec_fidelity.measure(_reconstructions(evidence), evidence.model.modalities, _class_names(evidence.model))
 
-    A (case, channel) pair is asked where the real contrast is clear. It agrees where `synthetic[i]`, made from the
-    mask of case i, has a contrast of the same sign at `lesions[i]`; exactly 0 does not agree.
 
-    The floor asks the same of samples that never saw the mask: each `synthetic[i]` at the lesion of every other case
-    j, cut to the brain of sample i, against the sign of real case j. It tells what anatomy gives without any lesion
-    (white matter is darker than cortex on T2 wherever one looks) and what chance overlap of two cases' lesions adds.
-    So all volumes lie on one grid, roughly aligned.
+def _realism(evidence: Evidence) -> tuple[Figures, Pictures]:
+    reals, cases, samples = evidence.reals, range(len(evidence.cases)), range(evidence.num_samples)
 
-    Args:
-        real: (C, D, H, W) each, one per case.
-        synthetic: (C, D, H, W) each, sample i made from the mask of case i.
-        lesions: (D, H, W) bool each, the masks' foreground.
-        brains_real: (D, H, W) bool each.
-        brains_synthetic: (D, H, W) bool each; fill holes first, or a lesion that came out black is no brain.
-        clear_above: a real contrast c is clear where |c| exceeds this; in stds of the surround.
-        ring_voxels: as in `lesion_contrast`.
+    def shown(sample: int, case: int) -> np.ndarray:
+        return evidence.made(sample, case)[own_voxels(evidence.made_own(case))]
 
-    Returns:
-        Both fractions and what they count.
-
-    Raises:
-        ValueError: the lists differ in length or are empty, or the grids differ.
-    """
-    lengths = {len(volumes) for volumes in (real, synthetic, lesions, brains_real, brains_synthetic)}
-    if lengths == {0} or len(lengths) > 1:
-        raise ValueError(f"Lists of {sorted(lengths)} cases: give every list the same cases, at least one.")
-    grids = {v.shape[-3:] for volumes in (real, synthetic, lesions, brains_real, brains_synthetic) for v in volumes}
-    if len(grids) > 1:
-        raise ValueError(f"Volumes of {sorted(grids)}: the floor needs all cases on one grid.")
-
-    cases = range(len(real))
-    sites = [_site(lesion, ring_voxels) for lesion in lesions]
-    wanted = np.stack([_contrast(real[i], brains_real[i], sites[i]) for i in cases])  # (N, C)
-    got = np.stack([_contrast(synthetic[i], brains_synthetic[i], sites[i]) for i in cases])  # (N, C)
-    others = [(i, j) for i in cases for j in cases if i != j]
-    floor_wanted = np.array([wanted[j] for _, j in others]).reshape(-1, wanted.shape[1])  # (N * (N - 1), C)
-    floor_got = np.array(
-        [_contrast(synthetic[i], brains_synthetic[i], sites[j], within_brain=True) for i, j in others]
-    ).reshape(-1, wanted.shape[1])  # (N * (N - 1), C)
-
-    agreement, num_pairs, num_undefined, per_channel = _same_sign(wanted, got, clear_above)
-    shuffled, num_shuffled, num_shuffled_undefined, floor_per_channel = _same_sign(floor_wanted, floor_got, clear_above)
-    return ContrastAgreement(
-        agreement,
-        shuffled,
-        num_pairs,
-        num_shuffled,
-        num_undefined,
-        num_shuffled_undefined,
-        per_channel,
-        floor_per_channel,
+    examples = [
+        pair
+        for case in cases[:NUM_SHOWN]
+        for pair in ((f"real {case}", reals[case].image[own_voxels(reals[case].own)]), ("synthetic", shown(0, case)))
+    ]
+    return realism.measure(
+        evidence.features,
+        [realism.profile(real.image[own_voxels(real.own)]) for real in _seen(reals, "real volumes")],
+        [[realism.profile(shown(sample, case)) for case in cases] for sample in _seen(samples, "samples")],
+        [realism.profile(real.image[own_voxels(real.own)]) for real in _seen(evidence.training, "training volumes")],
+        evidence.model.modalities,
+        examples,
+        evidence.seed,
     )
 
 
-class _Site(NamedTuple):
-    """A lesion and the ring around it, on the box that holds both."""
-
-    box: tuple[slice, ...]
-    lesion: np.ndarray  # bool
-    ring: np.ndarray  # bool, the brain not yet considered
-
-
-def _site(lesion: np.ndarray, ring_voxels: float) -> _Site:
-    lesion = lesion > 0
-    if not lesion.any():
-        return _Site((slice(0, 0),) * 3, np.zeros((0, 0, 0), bool), np.zeros((0, 0, 0), bool))
-    margin = int(np.ceil(ring_voxels))
-    (tight,) = ndimage.find_objects(lesion.astype(np.uint8))
-    box = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in tight)
-    inside = lesion[box]
-    distance = ndimage.distance_transform_edt(~inside)
-    return _Site(box, inside, (distance > 0) & (distance <= ring_voxels))
+def _diversity(evidence: Evidence) -> tuple[Figures, Pictures]:
+    return diversity.measure(
+        lambda case: evidence.reals[case].image,
+        evidence.made,
+        evidence.made_own,
+        len(evidence.cases),
+        evidence.num_samples,
+    )
 
 
-def _contrast(image: np.ndarray, brain: np.ndarray, site: _Site, within_brain: bool = False) -> np.ndarray:
-    brain = brain[site.box] > 0
-    lesion = site.lesion & brain if within_brain else site.lesion
-    ring = site.ring & brain
-    if not lesion.any() or not ring.any():
-        return np.full(len(image), np.nan)
-    box = (slice(None), *site.box)
-    voxels = image[box].astype(np.float64)
-    surround = voxels[:, ring]  # (C, N)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (voxels[:, lesion].mean(1) - surround.mean(1)) / surround.std(1)
+def _mask_fidelity(evidence: Evidence) -> tuple[Figures, Pictures]:
+    judge, samples = evidence.judge, range(evidence.num_samples)
+    assert judge is not None
+    of_real, masks, own, spacing_mm = [], [], [], []
+    for real in _seen(evidence.reals, "real volumes"):
+        of_real.append(segmented(judge, torch.as_tensor(real.image)))
+        masks.append(torch.as_tensor(real.mask).float())
+        own.append(torch.as_tensor(real.own))
+        spacing_mm.append(real.spacing_mm)
+    of_made = [
+        [segmented(judge, torch.as_tensor(evidence.made(sample, case))) for case in range(len(masks))]
+        for sample in _seen(samples, "samples")
+    ]
+    title, modalities = f"SYNTHETIC  {evidence.jobs[0].name}", evidence.model.modalities
+    picture = outlined_png(evidence.made(0, 0), masks[0][0].numpy(), modalities, spacing_mm[0], title)
+    return mask_fidelity.measure(of_made, of_real, masks, own, spacing_mm, evidence.model.class_names, picture)
 
 
-def _same_sign(wanted: np.ndarray, got: np.ndarray, clear_above: float) -> tuple[float, int, int, tuple[float, ...]]:
-    """Return the fraction of equal signs, the number scored, the number undefined, and the fraction per channel."""
-    clear = np.abs(wanted) > clear_above  # (N, C); False where NaN
-    scored = clear & ~np.isnan(got)
-    same = scored & (np.sign(wanted) == np.sign(got))
-    per_channel = tuple(_fraction(same[:, c], scored[:, c]) for c in range(wanted.shape[1]))
-    return _fraction(same, scored), int(scored.sum()), int((clear & ~scored).sum()), per_channel
+SECTIONS: list[Section] = [
+    Section("Reconstruction", codec_fidelity, _codec_fidelity),
+    Section("Realism", realism, _realism),
+    Section("Diversity", diversity, _diversity),
+    Section("Mask fidelity", mask_fidelity, _mask_fidelity, needs_masks=True),
+]
 
 
-def _fraction(part: np.ndarray, whole: np.ndarray) -> float:
-    return float(part.sum() / whole.sum()) if whole.any() else float("nan")
+def evaluate(
+    model: Model,
+    dataset_dir: Path,
+    out: Path,
+    split: str = "val",
+    segmenter: str | Path | None = None,
+    weights: Sequence[str] = (),
+    num_samples: int = 2,
+    num_training: int = 200,
+    seed: int = 0,
+    overlays: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Evaluate a model on a split and write `evaluation.html`, `evaluation.json` and `model_card.md` into `out`.
+
+    What an earlier or interrupted call has made there of the same things is kept; the figures are then the same.
+
+    Args:
+        model: from `Model.load`.
+        dataset_dir: the data set's folder.
+        out: the evaluation's.
+        split: train, val or test.
+        segmenter: the judge's run; None: `out/segmenter`, trained there if it is missing, for a model with masks.
+        weights: of published networks, see `features.pretrained_network`.
+        num_samples: volumes for each mask.
+        num_training: so many training volumes at most are looked at.
+        seed: of all that is drawn.
+        overlays: configuration of a segmenter that is trained here.
+
+    Returns:
+        what the JSON holds.
+
+    Raises:
+        InputError: for a user's mistake; see `Evidence.gathered` and `judge_of`.
+    """
+    if num_samples < 1 or seed < 0 or num_training < 0:
+        raise InputError(
+            f"{num_samples} volumes a mask, {num_training} training volumes, seed {seed}; expected 1, 0 and 0 at least."
+        )
+    device = model.synthesizer.device
+    networks = [pretrained_network(one, device) for one in weights]
+    place = segmenter or _own_segmenter(model, dataset_dir, out, overlays)
+    judge = judge_of(model, place) if place else None
+    if judge is not None and place:
+        networks.insert(0, segmenter_network(judge, place, device))
+    evidence = Evidence.gathered(out, model, dataset_dir, split, judge, networks, num_samples, num_training, seed)
+    outcomes = {section.name: _outcome(section, evidence) for section in SECTIONS}
+    told = {
+        "latdiff3d": __version__,
+        "model": checkpoints.sha256(model.path),
+        "segmenter": checkpoints.sha256(checkpoints.find(place)) if place else None,
+        "split": split,
+        "num_cases": len(evidence.cases),
+        "num_samples": num_samples,
+        "num_training": len(evidence.training),
+        "seed": seed,
+        "sections": {name: figures for name, (figures, _) in outcomes.items()},
+    }
+    write_json(out / FIGURES, told)
+    whole_files.write(out / CARD, _card(evidence, outcomes))
+    whole_files.write(out / PAGE, _page(evidence, outcomes))
+    return told
+
+
+def _own_segmenter(model: Model, dataset_dir: Path, out: Path, overlays: Sequence[Path]) -> Path | None:
+    """Return the run of the evaluation's own segmenter, trained first if need be; None for a model without masks."""
+    if not model.is_conditional:
+        return None
+    run = out / "segmenter"
+    if not (run / checkpoints.FOLDER / "best.pt").is_file():
+        print(f"training a segmenter for evaluation in {run}, which --segmenter RUN would spare", flush=True)
+        named = {"dataset_dir": str(dataset_dir), "run_dir": str(run), "purpose": "evaluation"}
+        runs.start(overlays, [], {**_data_settings(model), **named}, "segmenter")
+    return run
+
+
+def _data_settings(model: Model) -> dict[str, Any]:
+    """Return how the model's configuration reads data, for a segmenter of the same."""
+    own = model.config.get()
+    read = ("layout", "split_dir", "val_fraction", "patient_pattern", "num_fine_cases", "crop_to", "flips", "seed")
+    return {key: own[key] for key in (*SETTINGS, *read) if key in own and own[key] != "@dataset_dir"}
+
+
+def _outcome(section: Section, evidence: Evidence) -> tuple[Figures, Pictures]:
+    """Return a section's figures and pictures, measured now or found from before."""
+    if section.needs_masks and not evidence.model.is_conditional:
+        return {LEFT_OUT: "an unconditional model has no masks to follow"}, {}
+    folder = evidence.folder / "figures"
+    key = fingerprints.of([evidence.key, section.measure, section.module.measure])
+    file = folder / f"{section.name}.json"
+    found = _found(file, key)
+    if found is not None:
+        return found
+    begun = time.perf_counter()
+    print(f"[{section.title}]", flush=True)
+    figures, pictures = section.measure(evidence)
+    encoded = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
+    write_json(file, {"key": key, "figures": finite(figures), "pictures": encoded})
+    print(f"[{section.title}: {time.perf_counter() - begun:.1f} s]", flush=True)
+    again = _found(file, key)
+    assert again is not None
+    return again
+
+
+def _found(file: Path, key: str) -> tuple[Figures, Pictures] | None:
+    try:
+        content = json.loads(file.read_text())
+        if content["key"] != key:
+            return None
+        return content["figures"], {name: base64.b64decode(png) for name, png in content["pictures"].items()}
+    except (OSError, ValueError, KeyError, TypeError):  # absent, cut, or of another version
+        return None
+
+
+def _reconstructions(evidence: Evidence) -> Iterator[codec_fidelity.Pair]:
+    codec = evidence.model.synthesizer.codec
+    for real in progress_bar(evidence.reals, desc="reconstructing", unit="volume"):
+        image = torch.as_tensor(real.image)[None].to(evidence.model.synthesizer.device)
+        own = own_voxels(real.own)
+        reconstruction = codec.reconstruct(image)[0].clamp(0, 1).cpu().numpy()
+        mask = None if real.mask is None else real.mask[own]
+        yield codec_fidelity.Pair(real.name, real.image[own], reconstruction[own], mask)
+
+
+def _seen(things: Any, what: str) -> Any:
+    return progress_bar(things, desc=f"looking at {what}", leave=False)
+
+
+def _class_names(model: Model) -> list[str]:
+    return model.class_names if model.is_conditional else []
+
+
+def _page(evidence: Evidence, outcomes: Mapping[str, tuple[Figures, Pictures]]) -> str:
+    parts = []
+    for section in SECTIONS:
+        figures, pictures = outcomes[section.name]
+        why = figures.get(LEFT_OUT)
+        content = f"<p>Not measured: {html.escape(why)}.</p>" if why else section.module.render(figures, pictures)
+        parts.append((section.title, content))
+    title = f"Evaluation of {evidence.model.path}"
+    return page(title, title, html.escape(_lead(evidence)), parts)
+
+
+def _card(evidence: Evidence, outcomes: Mapping[str, tuple[Figures, Pictures]]) -> str:
+    """Return the paragraph for a model card."""
+    sentences = [
+        section.module.sentence(outcomes[section.name][0])
+        for section in SECTIONS
+        if LEFT_OUT not in outcomes[section.name][0]
+    ]
+    return " ".join([_lead(evidence), *sentences]) + "\n"
+
+
+def _lead(evidence: Evidence) -> str:
+    cases = f"{len(evidence.cases)} {evidence.given['split']} cases"
+    beside = (
+        f"{evidence.num_samples} for each of {cases}, beside the real ones"
+        if evidence.model.is_conditional
+        else f"beside the real ones of {cases}"
+    )
+    return (
+        f"{len(evidence.jobs)} synthetic volumes, {beside} and {len(evidence.training)} training volumes, from seed "
+        f"{evidence.seed}; intervals are of 95 %, by bootstrap over cases."
+    )

@@ -12,6 +12,8 @@ import numpy as np
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
+SPREAD_FLOOR = 0.1  # of the median: a feature that hardly varies over the real volumes would decide all distances
+
 
 class Similarities(NamedTuple):
     """The kernel's values between all members of two sets, from which any resampled MMD follows."""
@@ -19,6 +21,14 @@ class Similarities(NamedTuple):
     real: np.ndarray  # (N, N)
     synthetic: np.ndarray  # (M, M)
     cross: np.ndarray  # (N, M)
+
+
+def standardised(reference: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what brings features (N, F) to units of their spread over `reference`, the real volumes'."""
+    centre, spread = reference.mean(0), reference.std(0)
+    spread = spread.clip(SPREAD_FLOOR * np.median(spread))
+    spread[spread == 0] = 1  # nothing varies
+    return lambda features: (features - centre) / spread
 
 
 def polynomial_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -93,28 +103,6 @@ def paired_squared_mmd(between: Similarities, weights: np.ndarray | None = None)
     h = between.real + between.synthetic - between.cross - between.cross.T
     num_pairs = w.sum() ** 2 - (w**2).sum()
     return float((w @ h @ w - w**2 @ np.diag(h)) / num_pairs) if num_pairs > 0 else float("nan")
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], num_cases: int, level: float = 0.95, num_draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a statistic of cases (Efron and Tibshirani 1993, Ch. 13).
-
-    For a squared MMD it holds where the distributions differ; where they do not, its law is another one (Gretton et
-    al. 2012, Thm. 12) and the interval is too narrow.
-
-    Args:
-        statistic: takes how often each case was drawn (num_cases,); all that belongs to a case goes with it, such as a
-            real volume and those made for its mask. Draws of which it makes no number (NaN) are left out.
-        num_cases: of the set.
-        level: of the interval.
-        num_draws: how often the cases are drawn anew.
-        seed: of the draws.
-    """
-    draws = np.random.default_rng(seed).multinomial(num_cases, np.full(num_cases, 1 / num_cases), size=num_draws)
-    values = [statistic(draw.astype(np.float64)) for draw in draws]
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def _mean(kernel: np.ndarray, unbiased: bool) -> float:

@@ -38,6 +38,8 @@ HUB_FILES = {
     "resnet50": "resnet50-11ad3fa6.pth",
 }
 
+Prepare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 class Perceptual(nn.Module):
     """The mean distance of a reconstruction from its volume, as a frozen network sees them; 0 for equal ones.
@@ -60,7 +62,7 @@ class Perceptual(nn.Module):
     def __init__(
         self,
         distance: nn.Module,
-        prepare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        prepare: Prepare,
         modalities_apart: bool = True,
         slice_fraction: float | None = None,
         generator: torch.Generator | None = None,
@@ -169,17 +171,35 @@ def pretrained_perceptual(
     """
     if not 1 <= num_stages <= 5:
         raise InputError(f"num_stages is {num_stages}; expected 1 to 5: stem, layer1, layer2, layer3, layer4.")
-    net = network_from_weights(path, architecture)
-    stem, first = nn.Sequential(net.conv1, net.bn1, net.act), nn.Sequential(net.maxpool, net.layer1)
-    distance = FeatureDistance([stem, first, net.layer2, net.layer3, net.layer4][:num_stages], unit_length)
+    stages, prepare = pretrained_stages(path, architecture)
+    distance = FeatureDistance(stages[:num_stages], unit_length)
     if architecture.startswith("medicalnet"):
         if slice_fraction is not None or generator is not None:
             raise InputError(f"{architecture} sees whole volumes; leave slice_fraction and generator out.")
-        return Perceptual(distance, _standardised)
-    shown = {"radimagenet_resnet50": SYMMETRIC, "radimagenet_resnet50_keras": KERAS_BGR, "imagenet_resnet50": IMAGENET}
-    prepare = partial(_three_channels, shift_scale=shown[architecture])
+        return Perceptual(distance, prepare)
     fraction = 0.25 if slice_fraction is None else slice_fraction
     return Perceptual(distance, prepare, slice_fraction=fraction, generator=generator)
+
+
+def pretrained_stages(path: str | Path, architecture: str) -> tuple[list[nn.Module], Prepare]:
+    """Return a pretrained ResNet's five stages, each to be applied to what the one before returns, and what goes first.
+
+    Args:
+        path, architecture: see `pretrained_perceptual`.
+
+    Returns:
+        the stages, of volumes (N, 1, D, H, W) for MedicalNet's and slices (N, 3, H, W) for the others; and what makes
+        them of one modality in [0, 1], (N, 1, *spatial), see `Perceptual`.
+
+    Raises:
+        InputError: see `pretrained.network_from_weights`.
+    """
+    net = network_from_weights(path, architecture)
+    stem, first = nn.Sequential(net.conv1, net.bn1, net.act), nn.Sequential(net.maxpool, net.layer1)
+    shown = {"radimagenet_resnet50": SYMMETRIC, "radimagenet_resnet50_keras": KERAS_BGR, "imagenet_resnet50": IMAGENET}
+    in_3d = architecture.startswith("medicalnet")
+    prepare = _standardised if in_3d else partial(_three_channels, shift_scale=shown[architecture])
+    return [stem, first, net.layer2, net.layer3, net.layer4], prepare
 
 
 def segmenter_perceptual(segmenter: UNet, unit_length: bool = True) -> Perceptual:

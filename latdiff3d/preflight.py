@@ -90,6 +90,16 @@ def parse_label_map(text: str) -> dict[int, int]:
     return dict(numbers)
 
 
+def unseen_spacing(model: Model, spacing_mm: np.ndarray) -> str | None:
+    """Return how far voxels of `spacing_mm` (3,), in RAS order, are off those of training, None where they are not."""
+    trained = model.training_masks
+    lowest, highest = np.array(trained["spacing_mm"] if trained else [model.spacing_mm, model.spacing_mm])
+    tolerance = SPACING_TOLERANCE if trained else MEDIAN_TOLERANCE
+    if not (spacing_mm < lowest / tolerance).any() and not (spacing_mm > highest * tolerance).any():
+        return None
+    return f"has voxels of {_mm(spacing_mm)} (RAS); this model was trained on {_range(lowest, highest, _mm)}"
+
+
 def _label_errors(model: Model, mask: MetaTensor, name: str) -> list[str]:
     if problems := voxel_problems(None, mask, None, [], name):
         return problems
@@ -145,13 +155,8 @@ def _grid_warnings(model: Model, path: str, mask: Measures) -> Iterator[str]:
                 f"at most {COARSE_SPACING:g} times that. Draw it, or interpolate it, on a finer grid."
             )
     else:
-        lowest, highest = np.array(trained["spacing_mm"] if trained else [model_mm, model_mm])
-        tolerance = SPACING_TOLERANCE if trained else MEDIAN_TOLERANCE
-        if (here_mm < lowest / tolerance).any() or (here_mm > highest * tolerance).any():
-            yield (
-                f"{name} has voxels of {_mm(here_mm)} (RAS); this model was trained on {_range(lowest, highest, _mm)}. "
-                "Resample the mask, or shapes will have sizes that it has not seen."
-            )
+        if unseen := unseen_spacing(model, here_mm):
+            yield f"{name} {unseen}. Resample the mask, or shapes will have sizes that it has not seen."
     if trained:
         expected = np.minimum(trained["size"][0], model.crop_to)
         if (np.array(mask.size) < expected).any():

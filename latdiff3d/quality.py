@@ -1,7 +1,5 @@
 """The gate between the stages: measure a codec over the validation cases and write quality.html and quality.json."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from monai.data import Dataset
 from monai.data.utils import set_rnd
 
-from latdiff3d import verdict
+from latdiff3d import verdict, whole_files
 from latdiff3d.codec import LatentCodec
 from latdiff3d.devices import autocast
 from latdiff3d.errors import InputError
@@ -20,6 +18,7 @@ from latdiff3d.handlers import progress_bar
 from latdiff3d.latent_moments import LatentMoments
 from latdiff3d.linear_codes import BlockPCA
 from latdiff3d.networks import downsampling
+from latdiff3d.plain_figures import finite, write_json
 from latdiff3d.quality_page import render
 from latdiff3d.quality_pictures import Example, Spectra
 from latdiff3d.quantization import VectorQuantizer
@@ -56,9 +55,9 @@ def write_report(
     """
     folder = Path(folder)
     figures, spectra, worst = measure(codec, validation, training, modalities, labels, num_cases)
-    _write(folder / PAGE, render(str(folder), figures, spectra, worst))
+    whole_files.write(folder / PAGE, render(str(folder), figures, spectra, worst))
     said = {"verdict": verdict.summary(figures), "poor": verdict.poor(figures), **figures}
-    _write(folder / FIGURES, json.dumps(said, indent=1, allow_nan=False) + "\n")
+    write_json(folder / FIGURES, said)
     return figures
 
 
@@ -122,7 +121,7 @@ def measure(
     with np.errstate(invalid="ignore", divide="ignore"):
         of_all = (energies, np.sum(ours.energies, axis=0), np.sum(linear.energies, axis=0))
         spectra = Spectra(*(values / share for values in of_all))
-    return _finite(figures), spectra, examples
+    return finite(figures), spectra, examples
 
 
 class _CodebookCount:
@@ -163,19 +162,3 @@ def _own(item: dict[str, Any], key: str) -> np.ndarray:
 def _spread(size: int, num: int) -> list[int]:
     """Return at most `num` of the numbers below `size`, evenly spread, from the first to the last."""
     return sorted({round(k) for k in np.linspace(0, size - 1, min(size, num))})
-
-
-def _finite(value: Any) -> Any:
-    """Return figures with None for each number that is not finite: JSON has no other."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,28 +1,16 @@
 """The page that says how good stage 1's codec is: one HTML file that stands alone, on a screen and in print."""
 
-import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latdiff3d import verdict
 from latdiff3d.fidelity import WINDOW
-from latdiff3d.quality_pictures import Example, Spectra, slices_png, spectra_png
+from latdiff3d.html_page import captioned, grouped_table, notes, number, page, picture, table
+from latdiff3d.plots import BLUE, INK, ORANGE, Curve, spectra_png
+from latdiff3d.quality_pictures import Example, Spectra, slices_png
 
 CODES = {"autoencoder": "autoencoder", "block_pca": "block PCA"}
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c22; background: #fff; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e8; }
-th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; } img { max-width: 100%; height: auto; display: block; }
-.verdict { font-size: 1.15rem; padding: .6rem .9rem; border-left: .4rem solid #0072b2; background: #f3f6f9; }
-.off { color: #a33c00; font-weight: 600; } .off::after { content: " !"; }
-.note { color: #55555f; font-size: .9rem; } figure { margin: 1rem 0; } figcaption { margin-bottom: .3rem; }
-@media print { body { margin: 0; max-width: none; } h2, figure, table { break-inside: avoid; } }
-"""
 
 
 def render(title: str, figures: Mapping[str, Any], spectra: Spectra, worst: Sequence[Example]) -> str:
@@ -44,15 +32,9 @@ def render(title: str, figures: Mapping[str, Any], spectra: Spectra, worst: Sequ
         ("Worst cases", "".join(_picture(example) for example in worst)),
         ("How it was measured", _method(figures)),
     ]
-    body = "".join(f"<h2>{heading}</h2>\n{content}\n" for heading, content in sections)
     stage_2 = f"Stage 2 will warn: {'; '.join(reasons)}." if reasons else "Stage 2 may begin on it."
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Quality of {html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>Quality of the codec {html.escape(title)}</h1>
-<p class="verdict">{html.escape(verdict.summary(figures))}.<br>{html.escape(stage_2)}</p>
-{body}</body></html>
-"""
+    said = f"{html.escape(verdict.summary(figures))}.<br>{html.escape(stage_2)}"
+    return page(f"Quality of {title}", f"Quality of the codec {title}", said, sections)
 
 
 def _fidelity(figures: Mapping[str, Any]) -> str:
@@ -65,9 +47,9 @@ def _fidelity(figures: Mapping[str, Any]) -> str:
     rows = []
     for modality in figures["autoencoder"]["modalities"]:
         of = {code: figures[code]["modalities"][modality] for code in CODES}
-        rows.append([modality, *(_number(of[code][key], d) for key, d in measures.values() for code in CODES)])
-    rows.append(["all together", *(_number(figures[code][key], d) for key, d in measures.values() for code in CODES)])
-    return _table(list(measures), list(CODES.values()), rows)
+        rows.append([modality, *(number(of[code][key], d) for key, d in measures.values() for code in CODES)])
+    rows.append(["all together", *(number(figures[code][key], d) for key, d in measures.values() for code in CODES)])
+    return grouped_table(list(measures), list(CODES.values()), rows)
 
 
 def _labels(figures: Mapping[str, Any]) -> str:
@@ -78,8 +60,8 @@ def _labels(figures: Mapping[str, Any]) -> str:
     for label, voxels in figures["label_voxels"].items():
         errors = [figures[code]["mae"][label][modality] for modality in modalities for code in CODES]
         name = "outside all labels" if label == "0" else f"label {label}"
-        rows.append([f"{name}, {voxels:,} voxels", *(_number(error, 4) for error in errors)])
-    return "<p>Mean absolute error; the real volumes' range is 0 to 1.</p>" + _table(
+        rows.append([f"{name}, {voxels:,} voxels", *(number(error, 4) for error in errors)])
+    return "<p>Mean absolute error; the real volumes' range is 0 to 1.</p>" + grouped_table(
         modalities, list(CODES.values()), rows
     )
 
@@ -87,27 +69,32 @@ def _labels(figures: Mapping[str, Any]) -> str:
 def _spectrum(figures: Mapping[str, Any], spectra: Spectra) -> str:
     low, high = verdict.SPECTRUM_RANGE
     ratio = figures["autoencoder"]["spectrum_ratio"]
-    shown = _number(ratio, 2, ratio is not None and not verdict.within(ratio, verdict.SPECTRUM_RANGE))
-    plot = spectra_png(spectra, list(figures["autoencoder"]["modalities"]), {"real": "real", **CODES})
+    shown = number(ratio, 2, ratio is not None and not verdict.within(ratio, verdict.SPECTRUM_RANGE))
+    curves = {
+        "real": Curve(spectra.real, INK),
+        CODES["autoencoder"]: Curve(spectra.autoencoder, ORANGE),
+        CODES["block_pca"]: Curve(spectra.block_pca, BLUE, "--"),
+    }
+    plot = spectra_png(curves, list(figures["autoencoder"]["modalities"]))
     return (
         f"<p>Energy above half the Nyquist frequency, over the real volumes': {shown}; {low} to {high} is good, less "
-        f"is blurred, more is noisy.</p>{_image(plot, 'radially averaged power spectra')}"
+        f"is blurred, more is noisy.</p>{picture(plot, 'radially averaged power spectra')}"
     )
 
 
 def _latents(figures: Mapping[str, Any]) -> str:
     rows = []
-    for number, channel in enumerate(figures["latents"]):
+    for index, channel in enumerate(figures["latents"]):
         off = {
             "std": not verdict.within(channel["std"], verdict.STD_RANGE),
             "excess_kurtosis": channel["excess_kurtosis"] is not None
             and not verdict.within(channel["excess_kurtosis"], verdict.KURTOSIS_RANGE),
         }
-        rows.append([str(number), *(_number(channel[key], 3, off.get(key, False)) for key in channel)])
+        rows.append([str(index), *(number(channel[key], 3, off.get(key, False)) for key in channel)])
     head = ["channel", "mean", "std", "excess kurtosis", "share of noise"]
     return (
         "<p>As the diffusion model is given them, normalised; best are 0, 1 and 0. A share of noise near 1 is a "
-        f"channel that says nothing.</p>{_plain_table(head, rows)}"
+        f"channel that says nothing.</p>{table(head, rows)}"
     )
 
 
@@ -115,7 +102,7 @@ def _codebook(figures: Mapping[str, Any]) -> str:
     codebook = figures["codebook"]
     if codebook is None:
         return "<p>This autoencoder has no codebook.</p>"
-    use = _number(100 * codebook["use"], 0, codebook["use"] < verdict.CODEBOOK_USE_MIN)
+    use = number(100 * codebook["use"], 0, codebook["use"] < verdict.CODEBOOK_USE_MIN)
     return (
         f"<p>{codebook['used']} of {codebook['size']} codes are in use, in %: {use}. "
         f"Perplexity: {codebook['perplexity']:.0f}.</p>"
@@ -141,36 +128,8 @@ def _method(figures: Mapping[str, Any]) -> str:
         "Spectra: mean off, Hann window, energy summed over all cases; frequencies in voxels, in any direction.",
         "Latents: all cells of the crop, padding too; moments of posterior draws, worked out without drawing.",
     ]
-    return "<ul class=note>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
+    return notes(items)
 
 
 def _picture(example: Example) -> str:
-    caption = f"{html.escape(example.name)}, PSNR {example.psnr_db:.2f} dB"
-    return f"<figure><figcaption>{caption}</figcaption>{_image(slices_png(example), caption)}</figure>"
-
-
-def _number(value: float | None, decimals: int, off: bool = False) -> str:
-    shown = "–" if value is None else f"{value:.{decimals}f}"
-    return f'<span class="off">{shown}</span>' if off else shown
-
-
-def _table(groups: Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    upper = "".join(f"<th colspan={len(columns)}>{html.escape(group)}</th>" for group in groups)
-    lower = "".join(f"<th>{html.escape(column)}</th>" for _ in groups for column in columns)
-    return f"<table><tr><th></th>{upper}</tr><tr><th></th>{lower}</tr>{_rows(rows)}</table>"
-
-
-def _plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{_rows(rows)}</table>"
-
-
-def _rows(rows: Iterable[Sequence[str]]) -> str:
-    return "".join(
-        f"<tr><td>{html.escape(first)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n"
-        for first, *cells in rows
-    )
-
-
-def _image(png: bytes, description: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    return captioned(slices_png(example), f"{example.name}, PSNR {example.psnr_db:.2f} dB")

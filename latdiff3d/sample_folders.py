@@ -124,6 +124,7 @@ def jobs_for(
     on_mask_grid: bool = True,
     known: Sequence[Mapping[str, Any]] = (),
     writing: Writing = DEFAULTS,
+    noise_apart: bool = False,
 ) -> tuple[list[Job], dict[str, str]]:
     """Look at every mask, print the warnings, and return a job for each volume that can be made.
 
@@ -134,6 +135,7 @@ def jobs_for(
         seed: of the first.
         known: covariates by name, of each mask, or for a model without masks of its only job; none where left out.
         on_mask_grid, writing: see `Job`.
+        noise_apart: a mask's seeds begin where those of the one before end, so that no two volumes share their noise.
 
     Returns:
         the jobs; and of each mask that no volume can be made for, by its file, what is wrong with it.
@@ -148,7 +150,7 @@ def jobs_for(
     cases: list[tuple[str, str | Path | None]] = list(named.items()) or [("synthetic", None)]
     jobs: list[Job] = []
     refused: dict[str, str] = {}
-    for (case, mask), given in zip(cases, known or [{}] * len(cases), strict=True):
+    for index, ((case, mask), given) in enumerate(zip(cases, known or [{}] * len(cases), strict=True)):
         errors, warnings = ([], []) if mask is None else preflight.examine(model, mask)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -164,7 +166,8 @@ def jobs_for(
             "Covariates": model.covariates.values(numbers),
             "Warnings": warnings,
         }
-        for number in range(seed, seed + num_samples):
+        first = seed + index * num_samples if noise_apart else seed
+        for number in range(first, first + num_samples):
             name = case if num_samples == 1 and mask is not None else f"{case}_seed{number:04d}"
             jobs.append(Job(name, mask, number, given, on_mask_grid, writing, {**of_model, "Seed": number, **of_mask}))
     _warn_of_unused_labels(model, {job.mask for job in jobs if job.mask is not None})
@@ -212,7 +215,7 @@ def is_made(job: Job, out: str | Path) -> bool:
     are_whole = are_whole and all((file.parent / picture).is_file() for picture in job.pictures)
     wanted = json.loads(json.dumps(sidecar_of(job.provenance, {})))
     del wanted["Files"]
-    return are_whole and all(_essence(found.get(key)) == _essence(value) for key, value in _essence(wanted).items())
+    return are_whole and all(essence(found.get(key)) == essence(value) for key, value in essence(wanted).items())
 
 
 def masks_at(place: str | Path) -> list[Path]:
@@ -227,6 +230,13 @@ def masks_at(place: str | Path) -> list[Path]:
     if not masks:
         raise InputError(f"there is no mask at {path}; expected a {_SUFFIXES} file, or a folder of them.")
     return masks
+
+
+def essence(value: Any) -> Any:
+    """Return a part of a sidecar, or of a job's provenance, without what changes no volume."""
+    if not isinstance(value, dict):
+        return value
+    return {key: part for key, part in value.items() if key not in _BESIDE_THE_POINT}
 
 
 def _warn_of_unused_labels(model: Model, masks: Iterable[str | Path]) -> None:
@@ -262,13 +272,6 @@ def described(mask: str | Path) -> dict[str, str]:
         "SHA256": checkpoints.sha256(Path(mask)),
         "Content": fingerprints.of_volume(str(mask)),
     }
-
-
-def _essence(value: Any) -> Any:
-    """Return a part of a sidecar without what changes no volume."""
-    if not isinstance(value, dict):
-        return value
-    return {key: part for key, part in value.items() if key not in _BESIDE_THE_POINT}
 
 
 def _is_mask(file: Path) -> bool:

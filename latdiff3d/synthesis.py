@@ -118,6 +118,11 @@ class Model:
         chosen |= {key: value for key, value in named.items() if value is not None}
         path = checkpoints.find(place)
         content = checkpoints.load(path, "diffusion")
+        if "codec" not in content["objects"]:
+            raise InputError(
+                f"{path} holds no codec, so its latents become no volumes; expected a checkpoint of stage 2 as a run "
+                "writes it, with stage 1's weights and statistics."
+            )
         parser = ConfigParser(yaml.safe_load(content["config"]))
         parser["device"] = device(gpus)
         _check_mask_mode(chosen, parser.get(), path)

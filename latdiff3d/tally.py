@@ -25,6 +25,7 @@ class Tally:
         self.psnr: list[float] = []  # all channels together
         self.psnr_by_channel: list[list[float]] = []
         self.ssim: list[np.ndarray] = []  # (C,) each
+        self.mae: list[np.ndarray] = []
         self.ms_ssim: list[np.ndarray] = []
         self.scales: list[int] = []
         self.energies: list[np.ndarray] = []  # (C, NUM_SHELLS + 1) each
@@ -38,6 +39,7 @@ class Tally:
         pairs = zip(real[:, None], reconstruction[:, None], strict=True)
         self.psnr_by_channel.append([min(psnr(*pair, all_voxels), PSNR_CAP_DB) for pair in pairs])
         self.ssim.append(ssim(real, reconstruction, self.device))
+        self.mae.append(np.abs(real.astype(np.float64) - reconstruction).mean((1, 2, 3)))
         if num_scales(real.shape[1:]) >= 2:
             self.ms_ssim.append(ms_ssim(real, reconstruction, self.device))
             self.scales.append(num_scales(real.shape[1:]))
@@ -46,7 +48,9 @@ class Tally:
             self.absolute[label] = self.absolute.get(label, 0) + error.absolute
             self.voxels[label] = self.voxels.get(label, 0) + error.num_voxels
 
-    def figures(self, modalities: Sequence[str], labels: Sequence[int], real_energies: np.ndarray) -> dict[str, Any]:
+    def figures(
+        self, modalities: Sequence[str], labels: Sequence[int | str], real_energies: np.ndarray
+    ) -> dict[str, Any]:
         """Return means over the cases; for energies, one sum over another."""
         energies = np.sum(self.energies, axis=0)[:, HIGH:].sum(1)  # (C,)
         real = real_energies[:, HIGH:].sum(1)
@@ -54,6 +58,7 @@ class Tally:
             "psnr_db": np.mean(self.psnr_by_channel, axis=0),
             "ssim": np.mean(self.ssim, axis=0),
             "ms_ssim": np.mean(self.ms_ssim, axis=0) if self.ms_ssim else np.full(len(modalities), np.nan),
+            "mae": np.mean(self.mae, axis=0),
             "spectrum_ratio": np.array([_ratio(*pair) for pair in zip(energies, real, strict=True)]),
         }
         return {

@@ -11,19 +11,21 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders"},
-    {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs"},
+    {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders", "evaluation"},
+    {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs", "evidence"},
     {"sample_folders"},
-    {"preflight", "importing"},
-    {"synthesis", "runs", "reconstruction", "compvis_configs"},
+    {"preflight", "importing", "realism"},
+    {"synthesis", "runs", "reconstruction", "compvis_configs", "features"},
     {"checkpointing", "compvis_diffusion", "editing"},
     {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"}
-    | {"simulated_memory", "conversion"},
-    {"handlers", "config", "evaluation", "tally", "quality_pictures", "latent_entries", "latent_windows"}
-    | {"mask_fidelity", "interruption", "tracking"},
+    | {"simulated_memory", "conversion", "codec_fidelity", "diversity"},
+    {"handlers", "config", "lesion_contrast", "tally", "quality_pictures", "latent_entries", "latent_windows"}
+    | {"mask_fidelity", "interruption", "tracking", "plots"},
+    {"bootstrap", "frechet_distance"},
+    {"plain_figures"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
-    | {"fingerprints", "guidance", "pictures", "tensor_networks", "blending"},
+    | {"fingerprints", "guidance", "pictures", "tensor_networks", "blending", "surface_distance"},
     {"codec", "conditioning", "condition_encoder", "covariate_embedding", "objectives", "samplers", "losses"}
     | {"perceptual", "wavelets", "figures"},
     {"settings", "architecture"},
@@ -40,7 +42,7 @@ FLOORS = [
     {"layouts", "phantoms"},
     {"dicom_masks"},
     {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions"},
-    {"errors", "exported", "bundle_modules", "bundle_probe"} | {"membrane", "scan_noise"},
+    {"errors", "exported", "bundle_modules", "bundle_probe"} | {"membrane", "scan_noise", "html_page", "whole_files"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")

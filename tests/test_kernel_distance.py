@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from latdiff3d.bootstrap import bootstrap_interval
 from latdiff3d.kernel_distance import (
-    bootstrap_interval,
     gaussian_kernel,
     median_distance,
     paired_squared_mmd,

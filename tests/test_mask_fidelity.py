@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from latdiff3d.errors import InputError
-from latdiff3d.mask_fidelity import dice_table, matched_dice, mismatched_dice, normalised_fidelity, segmented
+from latdiff3d.mask_fidelity import (
+    dice_table,
+    matched_dice,
+    measure,
+    mismatched_dice,
+    normalised_fidelity,
+    render,
+    segmented,
+    sentence,
+)
 
 
 def bar(first, last, label=1, length=8):
@@ -53,6 +62,11 @@ def test_a_model_that_follows_its_mask_as_real_volumes_do_has_1_and_one_that_ign
     assert normalised_fidelity(ignorant, real) == pytest.approx(0)
 
 
+def test_a_segmenter_that_sees_nothing_judges_nothing():
+    blind = dice_table([bar(0, 0)] * 3, MASKS, ALL, 2)
+    assert np.isnan(normalised_fidelity(blind, blind))
+
+
 def test_weights_are_as_if_a_case_were_there_so_often():
     generator = np.random.default_rng(0)
     made, real = generator.random((4, 4, 2)), generator.random((4, 4, 2))
@@ -77,3 +91,43 @@ def test_the_label_of_a_voxel_is_the_likeliest():
 def test_a_single_case_and_lists_that_differ_are_refused(count):
     with pytest.raises(InputError, match=f"{count} volumes for {4 - 3 * (count == 1)} masks; expected as many"):
         dice_table(MASKS[:count], (MASKS + MASKS)[: 4 - 3 * (count == 1)], ALL[:count], 2)
+
+
+# The section
+
+
+BOXES = [(0, 4), (2, 6), (4, 8)]
+
+
+def cube(first, last):
+    """A mask (1, 8, 6, 6) with label 1 in a slab."""
+    mask = torch.zeros(1, 8, 6, 6)
+    mask[:, first:last] = 1
+    return mask
+
+
+def section(made):
+    masks, own = [cube(*ends) for ends in BOXES], [torch.ones(1, 8, 6, 6)] * 3
+    return measure([made], masks, masks, own, [np.ones(3)] * 3, ["0", "edema"], b"\x89PNG")
+
+
+def test_perfect_masks_have_fidelity_1_and_no_surface_distance():
+    figures, pictures = section([cube(*ends) for ends in BOXES])
+    assert figures["dice_made"]["value"] == figures["dice_real"]["value"] == figures["normalised"]["value"] == 1
+    of = figures["labels"]["edema"]["made"]
+    assert of["hd95"]["value"] == of["assd"]["value"] == 0 and of["num_unseen"] == 0
+    assert "1.000" in render(figures, pictures) and "fidelity of 1.000" in sentence(figures)
+
+
+def test_empty_masks_have_dice_0_and_are_counted_as_unseen():
+    figures, pictures = section([cube(0, 0)] * 3)
+    assert figures["dice_made"]["value"] == 0
+    of = figures["labels"]["edema"]
+    assert of["made"]["num_unseen"] == 3 and of["made"]["hd95"] == {"value": None, "interval": [None, None]}
+    assert of["real"]["num_unseen"] == 0 and "3 / 0" in render(figures, pictures)
+
+
+def test_a_slab_off_by_one_voxel_is_1_mm_off():
+    figures, _ = section([cube(first + 1, last + 1) for first, last in BOXES])
+    assert 0 < figures["normalised"]["value"] < 1
+    assert figures["labels"]["edema"]["made"]["hd95"]["value"] == pytest.approx(1, abs=0.4)
