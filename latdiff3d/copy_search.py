@@ -54,16 +54,19 @@ class Found(NamedTuple):
     shift: np.ndarray  # (M, N, 3), in voxels
 
 
-def spaces_for(shape: Sequence[int], codec: LatentCodec | None, judge: nn.Module | None) -> dict[str, Space]:
+def spaces_for(
+    shape: Sequence[int], codec: LatentCodec | None, judge: nn.Module | None, longest: int = 32
+) -> dict[str, Space]:
     """Return the spaces to look in: image, and with a codec latent, and with a segmenter that is a UNet features.
 
     Args:
         shape: (D, H, W) of the volumes.
         codec: of the model that is looked at.
         judge: from `segmentation.load_judge`.
+        longest: cells along an axis of the grid on which images are compared, at most.
     """
-    _, cell = coarse(View(torch.zeros(1, *shape), torch.ones(1, *shape)))
-    spaces = {"image": _shifted_space(_coarse_view, cell)}
+    _, cell = coarse(View(torch.zeros(1, *shape), torch.ones(1, *shape)), longest)
+    spaces = {"image": _shifted_space(lambda image, own: coarse(View(image, own), longest)[0], cell)}
     if codec is not None:
         spaces["latent"] = _shifted_space(_latents_by(codec), codec.factor)
     if isinstance(judge, UNet):
@@ -136,10 +139,6 @@ def threshold(null: np.ndarray, level: float = LEVEL) -> float:
 def _shifted_space(view: Callable[[torch.Tensor, torch.Tensor], View], cell: int) -> Space:
     reach = -(-REACH_VOXELS // cell)
     return Space(view, lambda views: ShiftedCorrelation(views, reach), cell, reach * cell)
-
-
-def _coarse_view(image: torch.Tensor, own: torch.Tensor) -> View:
-    return coarse(View(image, own))[0]
 
 
 def _latents_by(codec: LatentCodec) -> Callable[[torch.Tensor, torch.Tensor], View]:

@@ -1,4 +1,4 @@
-"""Memorisation, a section of an evaluation: whether synthetic volumes are training patients', and whether that would be seen.
+"""Memorisation, a section of an evaluation: whether synthetic volumes are training patients', and if that is seen.
 
 Synthetic volumes are flagged where they lie nearer to a training volume than chance leads real held-out ones, see
 `copy_search`. Beside their share stands that of the held-out volumes themselves, each against the others, and how many

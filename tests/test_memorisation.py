@@ -10,8 +10,8 @@ from latdiff3d.memorisation import ANY, MIN_HELD_OUT, audit, measure, render, se
 from latdiff3d.nearest import NamedVolume
 from latdiff3d.planted_copies import NUM_CASES, planted
 
-SHAPE = (12, 14, 12)
-SPACES = spaces_for(SHAPE, None, None)
+SHAPE = (16, 16, 14)
+SPACES = spaces_for(SHAPE, None, None, longest=8)  # cells of two voxels
 
 
 def drawn(num, seed, shape=SHAPE):
@@ -76,7 +76,7 @@ def test_a_blurred_mean_is_near_to_all_and_so_to_none():
 
 
 def test_the_closest_pair_lies_on_one_another_after_its_flip_and_shift():
-    image, own = (np.roll(np.flip(volume, 1), 1, axis=2) for volume in TRAINING[7][1:])
+    image, own = (np.roll(np.flip(volume, 1), 2, axis=2) for volume in TRAINING[7][1:])
     samples = drawn(3, seed=6)
     samples[1] = NamedVolume("copy", image.copy(), own.copy())
     _, pairs = audit(samples, HELD_OUT, TRAINING, SPACES)
@@ -135,7 +135,7 @@ def test_planted_copies_are_of_several_cases_and_the_same_each_time():
         (drawn(0, 3), HELD_OUT, TRAINING, "there are no samples to look at"),
         (drawn(2, 3), drawn(19, 2), TRAINING, "there are 19 held-out volumes; expected 20 at least"),
         (drawn(2, 3), HELD_OUT, drawn(0, 1), "there are 0 training volumes at hand; expected all that the model"),
-        (drawn(2, 3, (12, 12, 12)), HELD_OUT, TRAINING, r"\(1, 12, 12, 12\), \(1, 12, 14, 12\)\]; expected one grid"),
+        (drawn(2, 3, (16, 16, 16)), HELD_OUT, TRAINING, r"\(1, 16, 16, 14\), \(1, 16, 16, 16\)\]; expected one grid"),
     ],
 )
 def test_sets_that_tell_nothing_are_refused(samples, held_out, training, words):
