@@ -140,7 +140,8 @@ def _mask_fidelity(evidence: Evidence) -> tuple[Figures, Pictures]:
     return mask_fidelity.measure(of_made, of_real, masks, own, spacing_mm, evidence.model.class_names, picture)
 
 
-def _memorisation(evidence: Evidence) -> tuple[Figures, Pictures]:
+def memorisation_of(evidence: Evidence) -> tuple[Figures, Pictures]:
+    """Return what `memorisation.measure` does of all samples, the split's real volumes and all training volumes."""
     model, codec = evidence.model, evidence.model.synthesizer.codec
     if evidence.given["split"] == "train":
         return {LEFT_OUT: "no real volume of --split train is held out, to tell how near chance leads"}, {}
@@ -178,7 +179,7 @@ SECTIONS: list[Section] = [
     Section("Realism", realism, _realism),
     Section("Diversity", diversity, _diversity),
     Section("Mask fidelity", mask_fidelity, _mask_fidelity, needs_masks=True),
-    Section("Memorisation", memorisation, _memorisation),
+    Section("Memorisation", memorisation, memorisation_of),
 ]
 
 
