@@ -340,9 +340,13 @@ def _card(evidence: Evidence, sections: Sequence[Section], outcomes: Mapping[str
 
 
 def _lead(evidence: Evidence) -> str:
-    number, cases = len(evidence.jobs), f"{len(evidence.cases)} {evidence.given['split']} cases"
+    cases = f"{len(evidence.cases)} {evidence.given['split']} cases"
+    beside = (
+        f"{evidence.num_samples} for each of {cases}, beside the real ones"
+        if evidence.model.is_conditional
+        else f"beside the real ones of {cases}"
+    )
     return (
-        f"{number} synthetic volumes, {evidence.num_samples} for each of {cases}, beside the real ones and "
-        f"{len(evidence.training)} training volumes, from seed {evidence.seed}; intervals are of 95 %, by bootstrap "
-        "over cases."
+        f"{len(evidence.jobs)} synthetic volumes, {beside} and {len(evidence.training)} training volumes, from seed "
+        f"{evidence.seed}; intervals are of 95 %, by bootstrap over cases."
     )

@@ -90,16 +90,8 @@ class RealVolumes(Sequence[RealVolume]):
             return [self[k] for k in range(*index.indices(len(self)))]
         path, case = self.folder / f"{self.keys[index]}.npz", self.cases[index]
         if not _is_whole(path):
-            real = real_volume(self.model, case)
-            arrays = {"image": np.round(real.image * STEPS).astype(np.uint16), "own": real.own.astype(np.uint8)}
-            masks = {} if real.mask is None else {"mask": real.mask.astype(np.uint8)}
-            buffer = io.BytesIO()
-            np.savez(buffer, **arrays, **masks, spacing_mm=real.spacing_mm)
-            whole_files.write(path, buffer.getvalue())
-        with np.load(path) as stored:
-            image = stored["image"].astype(np.float32) / STEPS
-            mask = stored.get("mask")
-            return RealVolume(Path(str(case["case"])).name, image, mask, stored["own"], stored["spacing_mm"])
+            _store(path, real_volume(self.model, case))
+        return _stored(path, _name(case))
 
 
 @dataclass
@@ -159,16 +151,16 @@ class Evidence:
         training = spread(training, num_training)
         require_sound_headers([*cases, *training], len(model.modalities))
         _require_spacing(model, cases, dataset_dir)
-        jobs, cases = _jobs_of(model, cases, num_samples, seed)
-        if len(cases) < MIN_CASES:
+        jobs, usable = _jobs_of(model, cases, num_samples, seed)
+        if len(usable) < MIN_CASES:
             raise InputError(
-                f"{dataset_dir} has {len(cases)} {split} case that can be used; expected {MIN_CASES} at least, for "
+                f"{dataset_dir} has {len(usable)} {split} case that can be used; expected {MIN_CASES} at least, for "
                 "figures are means over cases beside their spread."
             )
         volumes = folder / "volumes"
-        reals, trained = RealVolumes(model, cases, volumes), RealVolumes(model, training, volumes)
+        reals, trained = RealVolumes(model, usable, volumes), RealVolumes(model, training, volumes)
         given = {"split": split, "networks": {network.name: network.sha256 for network in networks}}
-        return cls(folder, model, dataset_dir, cases, jobs, num_samples, reals, trained, judge, networks, seed, given)
+        return cls(folder, model, dataset_dir, usable, jobs, num_samples, reals, trained, judge, networks, seed, given)
 
     @cached_property
     def key(self) -> str:
@@ -189,7 +181,8 @@ class Evidence:
         """Return the volume (C, D, H, W) in [0, 1] that is sample number `sample` for a case's mask."""
         name = self.jobs[case * self.num_samples + sample].name
         files = [self.samples / name / f"{name}_{modality}.nii.gz" for modality in self.model.modalities]
-        return np.stack([np.asarray(nib.load(file).dataobj, dtype=np.float32) for file in files])
+        images: list[Any] = [nib.load(file) for file in files]
+        return np.stack([np.asarray(image.dataobj, dtype=np.float32) for image in images])
 
     def made_own(self, case: int) -> np.ndarray:
         """Return the own voxels (1, D, H, W) of samples for a case's mask; without a mask, all of them are."""
@@ -251,7 +244,7 @@ def real_volume(model: Model, case: Mapping[str, Any]) -> RealVolume:
     Raises:
         InputError: a case that cannot be read, or whose image and mask do not go together.
     """
-    name = Path(str(case["case"])).name
+    name = _name(case)
     if not model.is_conditional:
         transforms = [
             *model.preprocessing.transforms,
@@ -306,6 +299,21 @@ def _require_spacing(model: Model, cases: Sequence[Mapping[str, Any]], dataset_d
         raise InputError(f"{dataset_dir} {unseen} and does not resample. Resample the data, or evaluate on its own.")
 
 
+def _store(path: Path, real: RealVolume) -> None:
+    image = np.round(real.image * STEPS).astype(np.uint16)
+    mask = np.zeros(0) if real.mask is None else real.mask
+    buffer = io.BytesIO()
+    np.savez(buffer, image=image, mask=mask.astype(np.uint8), own=real.own.astype(np.uint8), spacing_mm=real.spacing_mm)
+    whole_files.write(path, buffer.getvalue())
+
+
+def _stored(path: Path, name: str) -> RealVolume:
+    with np.load(path) as arrays:
+        image = arrays["image"].astype(np.float32) / STEPS
+        mask = arrays["mask"] if arrays["mask"].size else None
+        return RealVolume(name, image, mask, arrays["own"], arrays["spacing_mm"])
+
+
 def _is_whole(path: Path) -> bool:
     """Say whether a file of arrays is there, its checksums right."""
     try:
@@ -313,6 +321,10 @@ def _is_whole(path: Path) -> bool:
             return archive.testzip() is None
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    return Path(str(case["case"])).name
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -44,11 +44,13 @@ def number(value: float | None, decimals: int, off: bool = False) -> str:
     return f'<span class="off">{shown}</span>' if off else shown
 
 
-def with_interval(value: float | None, interval: Sequence[float | None] | None, decimals: int) -> str:
-    """Return a number and its interval, as "0.912 (0.88 to 0.94)"."""
-    if value is None or interval is None or None in interval:
-        return number(value, decimals)
-    return f"{number(value, decimals)} ({number(interval[0], decimals)} to {number(interval[1], decimals)})"
+def with_interval(value: float | None, interval: Sequence[float | None], decimals: int | None = None) -> str:
+    """Return a number and its interval, as "0.912 (0.880 to 0.940)"; to three digits where no decimals are given."""
+    shown = [
+        "–" if end is None else f"{end:.3g}" if decimals is None else f"{end:.{decimals}f}"
+        for end in (value, *interval)
+    ]
+    return shown[0] if "–" in shown else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

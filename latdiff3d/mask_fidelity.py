@@ -80,13 +80,15 @@ def mismatched_dice(table: np.ndarray, weights: np.ndarray | None = None) -> flo
 def normalised_fidelity(made: np.ndarray, real: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Return (D − S) / (R − S): 1 where synthetic volumes lie on their masks as real ones do, 0 by chance.
 
+    NaN where R is S: a segmenter that sees nothing, or no difference between masks, judges nothing.
+
     Args:
         made: the `dice_table` of synthetic volumes; D and S are its matched and mismatched Dice.
         real: that of the real ones, of the same masks; R is its matched Dice.
         weights: (N,), of the cases.
     """
-    chance = mismatched_dice(made, weights)
-    return (matched_dice(made, weights) - chance) / (matched_dice(real, weights) - chance)
+    chance, best = mismatched_dice(made, weights), matched_dice(real, weights)
+    return (matched_dice(made, weights) - chance) / (best - chance) if best != chance else float("nan")
 
 
 def measure(

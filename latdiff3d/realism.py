@@ -1,6 +1,7 @@
 """Realism, a section of an evaluation: whether synthetic volumes are distributed as real ones are, and as sharp."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,26 +60,13 @@ def measure(
     examples: Sequence[tuple[str, np.ndarray]],
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the figures of realism and their pictures.
+    """Return the figures of realism, see `figures_of`, and pictures: spectra, histograms and slices.
 
     Args:
-        features: by network.
-        real: of N real volumes.
-        made: of S for each of these, S × N.
-        training: of M other real volumes, M may be 0.
-        modalities: C names.
         examples: names and volumes (C, D, H, W) to show.
-        seed: of the draws of a floor.
     """
-    figures = {
-        "num_cases": len(real),
-        "num_samples": len(made),
-        "networks": {name: distances(sets, seed) for name, sets in features.items()},
-        "spectrum": _spectrum(real, made, training, modalities, seed),
-        "histogram": _histogram(real, made, training, modalities, seed),
-    }
-    flat = [one for sample in made for one in sample]
-    curves = {"real": (real, INK), "synthetic": (flat, ORANGE)}
+    figures = figures_of(features, real, made, training, modalities, seed)
+    curves = {"real": (real, INK), "synthetic": ([one for sample in made for one in sample], ORANGE)}
     with np.errstate(invalid="ignore", divide="ignore"):
         spectra = {
             name: Curve(_sum(p.energies for p in of) / _sum(p.shares for p in of), colour)
@@ -90,6 +78,33 @@ def measure(
         SPECTRUM: spectra_png(spectra, modalities),
         HISTOGRAM: curves_png(centres, histograms, modalities, "intensity", "share of voxels", logarithmic=True),
         SLICES: preview_png([volume for _, volume in examples], [name for name, _ in examples]),
+    }
+
+
+def figures_of(
+    features: Mapping[str, FeatureSets],
+    real: Sequence[Profile],
+    made: Sequence[Sequence[Profile]],
+    training: Sequence[Profile],
+    modalities: Sequence[str],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the figures of realism.
+
+    Args:
+        features: by network.
+        real: of N real volumes.
+        made: of S for each of these, S × N.
+        training: of M other real volumes, M may be 0.
+        modalities: C names.
+        seed: of the draws of a floor.
+    """
+    return {
+        "num_cases": len(real),
+        "num_samples": len(made),
+        "networks": {name: distances(sets, seed) for name, sets in features.items()},
+        "spectrum": _spectrum(real, made, training, modalities, seed),
+        "histogram": _histogram(real, made, training, modalities, seed),
     }
 
 
@@ -185,16 +200,21 @@ def _histogram(
     def distance(one: np.ndarray, other: np.ndarray) -> float:
         return float(wasserstein_distance(bins, bins, one.sum(0), other.sum(0)))
 
-    return {
-        modality: {
-            "distance": rounded(distance(counts[:, c], of_made[:, c])),
-            "interval": interval(
-                lambda w, c=c: distance(w[:, None] * counts[:, c], w[:, None] * of_made[:, c]), len(real)
-            ),
-            **_floor(distance, counts[:, c], of_training[:, c] if len(training) else of_training, seed),
+    figures = {}
+    for c, modality in enumerate(modalities):
+        one, other = counts[:, c], of_made[:, c]  # (N, B)
+        figures[modality] = {
+            "distance": rounded(distance(one, other)),
+            "interval": interval(partial(_weighted, distance, one, other), len(real)),
+            **_floor(distance, one, of_training[:, c] if len(training) else of_training, seed),
         }
-        for c, modality in enumerate(modalities)
-    }
+    return figures
+
+
+def _weighted(
+    distance: Callable[[np.ndarray, np.ndarray], float], one: np.ndarray, other: np.ndarray, weights: np.ndarray
+) -> float:
+    return distance(weights[:, None] * one, weights[:, None] * other)
 
 
 def _sum(arrays: Any) -> np.ndarray:
@@ -236,13 +256,13 @@ def _distance_table(network: str, of: Mapping[str, Any]) -> str:
     rows = []
     for key, name in KERNELS.items():
         one = of[key]
-        floor = with_interval(one["floor"], one["floor_interval"], 4)
-        rows.append([name, with_interval(one["value"], one["interval"], 4), floor, f"{one['n']} / {one['floor_n']}"])
+        floor = with_interval(one["floor"], one["floor_interval"])
+        rows.append([name, with_interval(one["value"], one["interval"]), floor, f"{one['n']} / {one['floor_n']}"])
     frechet = of["frechet"]
     if frechet["refused"]:
         rows.append(["Fréchet distance", "refused", "–", f"{frechet['n']}, needs {frechet['n_min']}"])
     else:
-        shown = [with_interval(frechet[key], frechet[f"{key}_interval"], 3) for key in ("distance", "floor")]
+        shown = [with_interval(frechet[key], frechet[f"{key}_interval"]) for key in ("distance", "floor")]
         rows.append(["Fréchet distance", *shown, str(frechet["n"])])
     head = ["", "synthetic", "real against real", "n"]
     why = f"<p class=note>Fréchet distance: {frechet['refused']}.</p>" if frechet["refused"] else ""
@@ -256,8 +276,8 @@ def sentence(figures: Mapping[str, Any]) -> str:
         one = of["mmd"]
         said.append(
             f"In features of {name} the synthetic volumes lie at a squared MMD of "
-            f"{with_interval(one['value'], one['interval'], 3)} from the real ones, n = {one['n']}, real volumes at "
-            f"{with_interval(one['floor'], one['floor_interval'], 3)} from each other."
+            f"{with_interval(one['value'], one['interval'])} from the real ones, n = {one['n']}, real volumes at "
+            f"{with_interval(one['floor'], one['floor_interval'])} from each other."
         )
     spectrum = figures["spectrum"]
     said.append(

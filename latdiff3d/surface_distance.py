@@ -31,15 +31,16 @@ def surface_distances(
         num_classes: K.
         spacing_mm: (3,).
     """
-    pair = [
+    seen, truth = (
         F.one_hot((labels * (own > 0)).long()[0], num_classes).movedim(-1, 0)[None]  # (1, K, D, H, W)
         for labels in (prediction, mask)
-    ]
+    )
     spacing = [float(size) for size in spacing_mm]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* is all 0")  # told by NaN
-        hd95 = compute_hausdorff_distance(*pair, percentile=95, spacing=spacing)
-        assd = compute_average_surface_distance(*pair, symmetric=True, spacing=spacing)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="monai")  # of what MONAI itself passes
+        hd95 = compute_hausdorff_distance(seen, truth, percentile=95, spacing=spacing)
+        assd = compute_average_surface_distance(seen, truth, symmetric=True, spacing=spacing)
     return SurfaceDistances(*(_finite(values[0].double().numpy()) for values in (hd95, assd)))
 
 

@@ -183,6 +183,15 @@ def tiny_runs(phantoms, tmp_path_factory):
     return TinyRuns(phantoms, logdir / "first", logdir / "second")
 
 
+@pytest.fixture(scope="session")
+def judge(phantoms, tmp_path_factory):
+    """Return the run of a tiny segmenter for evaluation; not to be written to."""
+    logdir = tmp_path_factory.mktemp("judge")
+    ended = train_here("segmenter", phantoms, logdir, "judge", purpose="evaluation", max_epochs=1)
+    assert ended.code == 0, ended.err
+    return logdir / "judge"
+
+
 @pytest.fixture(scope="module")
 def model(tiny_runs):
     """Return the tiny run of stage 2, loaded."""

@@ -21,15 +21,6 @@ WRITTEN = ("evaluation.html", "evaluation.json", "model_card.md")
 
 
 @pytest.fixture(scope="module")
-def judge(phantoms, tmp_path_factory):
-    """A tiny segmenter for evaluation; not to be written to."""
-    logdir = tmp_path_factory.mktemp("judge")
-    ended = train_here("segmenter", phantoms, logdir, "judge", purpose="evaluation", max_epochs=1)
-    assert ended.code == 0, ended.err
-    return logdir / "judge"
-
-
-@pytest.fixture(scope="module")
 def words(tiny_runs, judge):
     return ("evaluate", "--model", tiny_runs.diffusion, "--data", tiny_runs.data, "--segmenter", judge)
 
@@ -99,13 +90,6 @@ def test_a_second_call_makes_nothing_and_says_the_same(evaluated, words, tmp_pat
     assert {name: (out / name).read_bytes() for name in WRITTEN} == said
 
 
-def test_what_is_cached_gives_the_figures_that_it_gave_when_it_was_made(evaluated, words, tmp_path):
-    out = shutil.copytree(evaluated[0], tmp_path / "out")
-    shutil.rmtree(out / "figures")
-    assert run_here(*words, "--out", out).code == 0
-    assert told(out) == told(evaluated[0])
-
-
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluated, words, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -129,7 +113,7 @@ def test_another_seed_makes_other_samples_of_the_same_reals(evaluated, words, tm
     assert told(out)["sections"]["realism"] != told(evaluated[0])["sections"]["realism"]
 
 
-def test_a_damaged_volume_is_read_anew(evaluated, words, tmp_path):
+def test_what_is_cached_gives_the_same_figures_and_what_is_damaged_is_made_anew(evaluated, words, tmp_path):
     out = shutil.copytree(evaluated[0], tmp_path / "out")
     shutil.rmtree(out / "figures")
     damaged = sorted((out / "volumes").glob("*.npz"))[0]
@@ -165,6 +149,15 @@ def test_a_model_without_masks_is_evaluated_as_far_as_it_goes(tiny_runs, tmp_pat
     assert sections["mask_fidelity"] == {"left_out": "an unconditional model has no masks to follow"}
     assert sections["realism"]["networks"] == {} and sections["realism"]["spectrum"]["ratio"] > 0
     assert "Not measured: an unconditional model" in (tmp_path / "out" / "evaluation.html").read_text()
+
+
+def test_an_exported_bundle_is_evaluated_as_its_run_is(exported_bundle, evaluated, words, tmp_path):
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    ended = run_here(*[exported_bundle if word == words[2] else word for word in words], "--out", out, "-n", 1)
+    assert ended.code == 0, ended.err
+    figures, of_run = told(out)["sections"], told(evaluated[0])["sections"]
+    assert figures["codec_fidelity"] == of_run["codec_fidelity"]
+    assert figures["mask_fidelity"]["dice_real"] == of_run["mask_fidelity"]["dice_real"]
 
 
 # Bad input

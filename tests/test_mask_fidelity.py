@@ -62,6 +62,11 @@ def test_a_model_that_follows_its_mask_as_real_volumes_do_has_1_and_one_that_ign
     assert normalised_fidelity(ignorant, real) == pytest.approx(0)
 
 
+def test_a_segmenter_that_sees_nothing_judges_nothing():
+    blind = dice_table([bar(0, 0)] * 3, MASKS, ALL, 2)
+    assert np.isnan(normalised_fidelity(blind, blind))
+
+
 def test_weights_are_as_if_a_case_were_there_so_often():
     generator = np.random.default_rng(0)
     made, real = generator.random((4, 4, 2)), generator.random((4, 4, 2))

@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 
 from latdiff3d.features import FeatureSets
+from latdiff3d.frechet_distance import beside_its_floor
 from latdiff3d.kernel_distance import standardised
-from latdiff3d.realism import HISTOGRAM, SLICES, SPECTRUM, distances, measure, profile, render, sentence
+from latdiff3d.realism import (
+    HISTOGRAM,
+    SLICES,
+    SPECTRUM,
+    distances,
+    figures_of,
+    measure,
+    profile,
+    render,
+    sentence,
+)
 
 MODALITIES = ["t1", "t2"]
 
@@ -27,10 +38,9 @@ def profiles(*given, **more):
     return [profile(volume) for volume in volumes(*given, **more)]
 
 
-def measured(scale=0.05, brighter=0.0, training=8):
+def measured(scale=0.05, brighter=0.0):
     real, made = profiles(0, 10), [profiles(1, 10, scale=scale, brighter=brighter)]
-    examples = [("real", volumes(0, 1)[0]), ("synthetic", volumes(1, 1)[0])]
-    return measure({"segmenter": sets()}, real, made, profiles(2, training), MODALITIES, examples)
+    return figures_of({}, real, made, profiles(2, 8), MODALITIES)
 
 
 def test_volumes_of_one_distribution_lie_within_the_floor_of_real_ones():
@@ -68,7 +78,7 @@ def test_a_feature_that_never_varies_decides_nothing():
 
 
 def test_half_the_noise_has_a_quarter_of_the_energy():
-    figures, _ = measured(scale=0.025)
+    figures = measured(scale=0.025)
     spectrum = figures["spectrum"]
     assert spectrum["ratio"] == pytest.approx(0.25, rel=0.05)
     assert spectrum["interval"][1] < spectrum["floor_interval"][0] and spectrum["floor"] == pytest.approx(1, rel=0.05)
@@ -76,23 +86,19 @@ def test_half_the_noise_has_a_quarter_of_the_energy():
 
 
 def test_brighter_volumes_are_as_far_as_they_are_brighter():
-    figures, _ = measured(brighter=0.25)
+    figures = measured(brighter=0.25)
     for of in figures["histogram"].values():
         assert of["distance"] == pytest.approx(0.25, abs=0.01) and of["floor"] < 0.02
 
 
-def test_the_page_and_the_card_name_n_and_the_floor():
-    figures, pictures = measured(training=0)
-    assert set(pictures) == {SPECTRUM, HISTOGRAM, SLICES} and all(
-        png.startswith(b"\x89PNG") for png in pictures.values()
-    )
+def test_the_page_and_the_card_name_n_the_floor_and_a_refusal():
+    examples = [("real", volumes(0, 1)[0]), ("synthetic", volumes(1, 1)[0])]
+    given = {"segmenter": sets(), "published": sets()}
+    figures, pictures = measure(given, profiles(0, 4), [profiles(1, 4)], [], MODALITIES, examples)
+    assert set(pictures) == {SPECTRUM, HISTOGRAM, SLICES}
+    assert all(png.startswith(b"\x89PNG") for png in pictures.values())
+    figures["networks"]["published"]["frechet"] = beside_its_floor(features(0, 8), features(1, 4))
     page = render(figures, pictures)
     assert "real against real" in page and "30 / 30" in page and page.count("<img") == 3
+    assert "refused" in page and "4, needs 5" in page and "the covariance has full rank from 5 volumes on" in page
     assert "n = 30" in sentence(figures)
-
-
-def test_a_refusal_is_on_the_page():
-    figures, pictures = measured()
-    figures["networks"]["segmenter"]["frechet"] = {"n": 3, "n_min": 5, "refused": "too few"}
-    page = render(figures, pictures)
-    assert "refused" in page and "3, needs 5" in page and "too few" in page

@@ -181,15 +181,6 @@ def teacher(phantoms, tmp_path_factory):
     return SimpleNamespace(run=logdir / "teacher", out=ended.out)
 
 
-@pytest.fixture(scope="module")
-def judge(phantoms, tmp_path_factory):
-    """A tiny segmenter for evaluation; not to be written to."""
-    logdir = tmp_path_factory.mktemp("judge")
-    ended = train_here("segmenter", phantoms, logdir, "judge", purpose="evaluation", max_epochs=1)
-    assert ended.code == 0, ended.err
-    return logdir / "judge"
-
-
 def model_taught_by(segmenter):
     """What matters here of the checkpoint of a model; `segmenter` is a run, or None."""
     return {"stage": "autoencoder", "notes": teacher_note(str(segmenter or ""))}
