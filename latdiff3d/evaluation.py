@@ -142,21 +142,29 @@ def _mask_fidelity(evidence: Evidence) -> tuple[Figures, Pictures]:
 
 def memorisation_of(evidence: Evidence) -> tuple[Figures, Pictures]:
     """Return what `memorisation.measure` does of all samples, the split's real volumes and all training volumes."""
-    model, codec = evidence.model, evidence.model.synthesizer.codec
-    if evidence.given["split"] == "train":
-        return {LEFT_OUT: "no real volume of --split train is held out, to tell how near chance leads"}, {}
-    if len(evidence.cases) < memorisation.MIN_HELD_OUT:
-        least = memorisation.MIN_HELD_OUT
-        return {LEFT_OUT: f"{len(evidence.cases)} held-out cases do not tell how near chance leads; {least} do"}, {}
-    training = RealVolumes(model, model.config.get_parsed_content("splits")["train"], evidence.folder / "volumes")
+    model, codec, num = evidence.model, evidence.model.synthesizer.codec, evidence.num_samples
+    cases = model.config.get_parsed_content("splits")["train"]
+    if why := _why_no_audit(evidence, len(cases)):
+        return {LEFT_OUT: why}, {}
+    training = RealVolumes(model, cases, evidence.folder / "volumes")
     made = [
-        NamedVolume(evidence.jobs[case * evidence.num_samples + sample].name, evidence.made(sample, case), own)
-        for case, own in enumerate(evidence.made_own(case) for case in range(len(evidence.cases)))
-        for sample in range(evidence.num_samples)
+        NamedVolume(job.name, evidence.made(number % num, number // num), evidence.made_own(number // num))
+        for number, job in enumerate(evidence.jobs)
     ]
     spaces = spaces_for(model.crop_to, codec, evidence.judge)
     flips = all_flips(sorted({memorisation.LEFT_RIGHT, *model.config.get().get("flips", [])}))
     return memorisation.measure(made, evidence.reals, training, spaces, flips, codec)
+
+
+def _why_no_audit(evidence: Evidence, num_training: int) -> str | None:
+    num_held_out = len(evidence.cases)
+    if evidence.given["split"] == "train":
+        return "no real volume of --split train is held out, to tell how near chance leads"
+    if num_held_out < memorisation.MIN_HELD_OUT:
+        return f"{num_held_out} held-out cases do not tell how near chance leads; {memorisation.MIN_HELD_OUT} do"
+    if num_training < memorisation.MIN_TRAINING:
+        return f"{num_training} training cases at hand are too few; {memorisation.MIN_TRAINING} are needed"
+    return None
 
 
 def _usefulness_of(segmenter: str | Path | None) -> Callable[[Evidence], tuple[Figures, Pictures]]:
