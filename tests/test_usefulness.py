@@ -1,12 +1,13 @@
 """Usefulness: arms that make as many updates, a test that none of them has seen, and intervals over seeds and cases."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import train_here
+from conftest import run_here, train_here
 
-from latdiff3d import checkpoints, runs
+from latdiff3d import checkpoints, evaluation, runs, usefulness
 from latdiff3d.bootstrap import crossed_interval
 from latdiff3d.errors import InputError
 from latdiff3d.evidence import real_volume
@@ -15,12 +16,11 @@ from latdiff3d.usefulness import ARMS, make_synthetic, measure, render, sentence
 
 
 @pytest.fixture(scope="module")
-def judge(phantoms, tmp_path_factory):
+def segmenter(phantoms, tmp_path_factory):
     """A tiny segmenter's run of 4 updates; not to be written to."""
-    logdir = tmp_path_factory.mktemp("judge")
-    ended = train_here("segmenter", phantoms, logdir, "judge", purpose="evaluation", max_epochs=2)
-    assert ended.code == 0, ended.err
-    return logdir / "judge"
+    logdir = tmp_path_factory.mktemp("segmenter")
+    assert train_here("segmenter", phantoms, logdir, "four", purpose="evaluation", max_epochs=2).code == 0
+    return logdir / "four"
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,17 @@ def sets(tiny_runs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(sets, judge, tmp_path_factory):
+def measured(sets, segmenter, tmp_path_factory):
     """The folder of all arms, and their figures; not to be written to."""
     out = tmp_path_factory.mktemp("useful")
-    return out, measure(out, judge, *sets, seeds=(0, 1))[0]
+    return out, measure(out, segmenter, *sets, seeds=(0, 1))[0]
 
 
-def test_every_arm_makes_as_many_updates_as_the_segmenter_did(measured, judge):
+def test_every_arm_makes_as_many_updates_as_the_segmenter_did(measured, segmenter):
     out, figures = measured
     lasts = [checkpoints.load(out / f"{arm}-{seed}" / "checkpoints" / "last.pt") for arm in ARMS for seed in (0, 1)]
     assert {last["iteration"] for last in lasts} == {4} == {figures["num_updates"]}
-    assert checkpoints.load(judge / "checkpoints" / "last.pt")["iteration"] == 4
+    assert checkpoints.load(segmenter / "checkpoints" / "last.pt")["iteration"] == 4
     assert figures["num_training"] == figures["num_synthetic"] == 4 and figures["num_held_out"] == 2
 
 
@@ -57,11 +57,11 @@ def test_each_arm_is_trained_on_its_own_cases_and_tested_on_the_held_out_ones(me
         assert [entry["label"] for entry in listed["validation"]] == [case["mask"] for case in held_out]
 
 
-def test_the_same_call_trains_and_samples_nothing_anew(measured, sets, judge, tiny_runs, monkeypatch):
+def test_the_same_call_trains_and_samples_nothing_anew(measured, sets, segmenter, tiny_runs, monkeypatch):
     monkeypatch.setattr(runs, "start", None)
     monkeypatch.setattr(Model, "sample", None)
     out, figures = measured
-    assert measure(out, judge, *sets, seeds=(0, 1))[0] == figures
+    assert measure(out, segmenter, *sets, seeds=(0, 1))[0] == figures
     model = Model.load(tiny_runs.diffusion, num_steps=1)
     assert make_synthetic(model, sets[0], sets[1]) == sets[1]
 
@@ -93,16 +93,28 @@ def test_the_crossed_interval_holds_what_seeds_and_cases_both_add():
     assert crossed_interval(np.full((1, 5), 0.3)) == pytest.approx((0.3, 0.3))
 
 
-def test_volumes_for_held_out_masks_are_refused(sets, judge, tiny_runs, tmp_path):
+def test_volumes_for_held_out_masks_are_refused(sets, segmenter, tiny_runs, tmp_path):
     training, _, held_out, volumes = sets
     leaked = make_synthetic(Model.load(tiny_runs.diffusion, num_steps=1), held_out, tmp_path / "leaked")
     with pytest.raises(InputError, match="was made for the mask of phantom_0004, on which segmenters are tested"):
-        measure(tmp_path / "out", judge, training, leaked, held_out, volumes)
+        measure(tmp_path / "out", segmenter, training, leaked, held_out, volumes)
 
 
-def test_arms_without_cases_and_a_segmenter_that_is_none_are_refused(sets, judge, tmp_path):
+def test_arms_without_cases_and_a_segmenter_that_is_none_are_refused(sets, segmenter, tmp_path):
     training, made, held_out, volumes = sets
     with pytest.raises(InputError, match="0 real and 4 synthetic training cases, 2 held-out ones; expected at least 1"):
-        measure(tmp_path / "out", judge, [], made, held_out, volumes)
+        measure(tmp_path / "out", segmenter, [], made, held_out, volumes)
     with pytest.raises(InputError, match=r"there is no run at .*; expected the folder of one"):
         measure(tmp_path / "out", tmp_path, training, made, held_out, volumes)
+
+
+def test_an_evaluation_trains_on_samples_where_it_is_asked_to(tiny_runs, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SECTIONS", [])
+    monkeypatch.setattr(usefulness, "measure", partial(measure, seeds=(0,)))
+    words = ("--model", tiny_runs.diffusion, "--data", tiny_runs.data, "--segmenter", judge, "--out", tmp_path / "out")
+    ended = run_here("evaluate", *words, "-n", "1", "--steps", "1", "--usefulness")
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["sections"]["usefulness"]
+    assert list(found["arms"]) == list(ARMS) and found["seeds"] == [0]
+    assert "<h2>Usefulness</h2>" in (tmp_path / "out" / "evaluation.html").read_text()
+    assert len(list((tmp_path / "out" / "training_samples").glob("*/*.json"))) == 4
