@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="the data set's folder")
     parser.add_argument("--run", required=True, type=Path, help="a folder for what is trained and looked at here")
+    parser.add_argument("--first-stage", help="stage 1's run; trained on the five cases as well if left out")
     parser.add_argument("--all", help="stage 2's run on the whole training split")
     parser.add_argument("--segmenter", help="the evaluation segmenter's run")
     parser.add_argument(
@@ -50,8 +51,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.n < 1:
         raise InputError(f"-n is {given.n}; expected at least 1 sample for each mask.")
-    first = trained(given, "autoencoder", split_dir=str(few_cases(given)))
-    models = {"overfitted": trained(given, "diffusion", first_stage=str(first), split_dir=str(few_cases(given)))}
+    few = str(few_cases(given))
+    first = given.first_stage or str(trained(given, "autoencoder", split_dir=few))
+    models = {"overfitted": trained(given, "diffusion", first_stage=first, split_dir=few)}
     if given.all:
         models["all"] = Path(given.all)
     judge = Path(given.segmenter) if given.segmenter else trained(given, "segmenter")

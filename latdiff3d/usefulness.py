@@ -187,7 +187,7 @@ def _refuse_leaks(folder: str | Path, made: Sequence[Case], held_out: Sequence[M
     for case in made:
         sidecar = sidecar_file(Path(folder), case["case"])
         said = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-        other = tested.get((said.get("Mask") or {}).get("SHA256"))
+        other = tested.get(str((said.get("Mask") or {}).get("SHA256")))
         if other is not None:
             raise InputError(
                 f"{sidecar.parent} was made for the mask of {other}, on which segmenters are tested; expected volumes "

@@ -131,8 +131,8 @@ def test_the_audit_of_memorisation_runs_on_a_model_of_five_cases_and_on_another(
     tiny = {k: v for k, v in TINY["diffusion"].items() if k.startswith(("denoiser", "autoencoder", "crop"))}
     overlay.write_text(yaml.safe_dump({**tiny, "sampling_steps": 2}))
     data = write_phantoms(tmp_path / "data", 6, 20, (16, 16, 16))
-    words = ("--data", data, "--run", tmp_path / "run", "--all", tiny_runs.diffusion, "--config", overlay, "--short")
-    ended = run_process("benchmarks/memorisation.py", *words)
+    words = ("--data", data, "--run", tmp_path / "run", "--config", overlay, "--first-stage", tiny_runs.autoencoder)
+    ended = run_process("benchmarks/memorisation.py", *words, "--all", tiny_runs.diffusion, "--short")
     figures = last_line(ended)
     assert list(figures) == ["overfitted", "all"]
     assert (figures["overfitted"]["num_training"], figures["all"]["num_training"]) == (5, 6)
