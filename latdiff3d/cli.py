@@ -165,16 +165,17 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="of the sampler; default: the configuration's")] = None,
     guidance: Annotated[float | None, typer.Option(help="how hard the mask pulls; default: the config's")] = None,
     config: Annotated[list[Path] | None, typer.Option(help="overlay YAML for a segmenter that is trained here")] = None,
+    usefulness: Annotated[bool, typer.Option("--usefulness", help="train nine segmenters, on samples too")] = False,
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
 ) -> None:
-    """Measure a model: reconstruction, realism, diversity, mask fidelity. What is there is kept."""
+    """Measure a model: reconstruction, realism, diversity, mask fidelity, memorisation. What is there is kept."""
     import latdiff3d
     from latdiff3d import evaluation
     from latdiff3d.config import parse_settings
 
     loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     evaluation.evaluate(
-        loaded, data, out, split, segmenter, weights or [], num_samples, num_training, seed, config or []
+        loaded, data, out, split, segmenter, weights or [], num_samples, num_training, seed, config or [], usefulness
     )
     print(f"{out / evaluation.PAGE} shows it; {evaluation.FIGURES} and {evaluation.CARD} are beside it")
 

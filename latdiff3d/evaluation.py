@@ -33,17 +33,22 @@ from latdiff3d import (
     diversity,
     fingerprints,
     mask_fidelity,
+    memorisation,
     realism,
     runs,
+    usefulness,
     whole_files,
 )
+from latdiff3d.copy_search import spaces_for
 from latdiff3d.errors import InputError
-from latdiff3d.evidence import SETTINGS, Evidence, judge_of
+from latdiff3d.evidence import SETTINGS, Evidence, RealVolumes, judge_of
 from latdiff3d.features import pretrained_network, segmenter_network
 from latdiff3d.fidelity import own_voxels
 from latdiff3d.handlers import progress_bar
 from latdiff3d.html_page import page
+from latdiff3d.latent_entries import all_flips
 from latdiff3d.mask_fidelity import segmented
+from latdiff3d.nearest import NamedVolume
 from latdiff3d.plain_figures import finite, write_json
 from latdiff3d.quality_pictures import outlined_png
 from latdiff3d.synthesis import Model
@@ -135,11 +140,54 @@ def _mask_fidelity(evidence: Evidence) -> tuple[Figures, Pictures]:
     return mask_fidelity.measure(of_made, of_real, masks, own, spacing_mm, evidence.model.class_names, picture)
 
 
+def memorisation_of(evidence: Evidence) -> tuple[Figures, Pictures]:
+    """Return what `memorisation.measure` does of all samples, the split's real volumes and all training volumes."""
+    model, codec, num = evidence.model, evidence.model.synthesizer.codec, evidence.num_samples
+    cases = model.config.get_parsed_content("splits")["train"]
+    if why := _why_no_audit(evidence, len(cases)):
+        return {LEFT_OUT: why}, {}
+    training = RealVolumes(model, cases, evidence.folder / "volumes")
+    made = [
+        NamedVolume(job.name, evidence.made(number % num, number // num), evidence.made_own(number // num))
+        for number, job in enumerate(evidence.jobs)
+    ]
+    spaces = spaces_for(model.crop_to, codec, evidence.judge)
+    flips = all_flips(sorted({memorisation.LEFT_RIGHT, *model.config.get().get("flips", [])}))
+    return memorisation.measure(made, evidence.reals, training, spaces, flips, codec)
+
+
+def _why_no_audit(evidence: Evidence, num_training: int) -> str | None:
+    num_held_out = len(evidence.cases)
+    if evidence.given["split"] == "train":
+        return "no real volume of --split train is held out, to tell how near chance leads"
+    if num_held_out < memorisation.MIN_HELD_OUT:
+        return f"{num_held_out} held-out cases do not tell how near chance leads; {memorisation.MIN_HELD_OUT} do"
+    if num_training < memorisation.MIN_TRAINING:
+        return f"{num_training} training cases at hand are too few; {memorisation.MIN_TRAINING} are needed"
+    return None
+
+
+def _usefulness_of(segmenter: str | Path | None) -> Callable[[Evidence], tuple[Figures, Pictures]]:
+    """Return how usefulness is measured, by segmenters trained as `segmenter` was."""
+
+    def measure(evidence: Evidence) -> tuple[Figures, Pictures]:
+        model, folder = evidence.model, evidence.folder
+        assert segmenter is not None
+        if evidence.given["split"] == "train":
+            return {LEFT_OUT: "no real volume of --split train is held out, to test segmenters on"}, {}
+        training = model.config.get_parsed_content("splits")["train"]
+        made = usefulness.make_synthetic(model, training, folder / "training_samples", evidence.seed)
+        return usefulness.measure(folder / "usefulness", segmenter, training, made, evidence.cases, evidence.reals)
+
+    return measure
+
+
 SECTIONS: list[Section] = [
     Section("Reconstruction", codec_fidelity, _codec_fidelity),
     Section("Realism", realism, _realism),
     Section("Diversity", diversity, _diversity),
     Section("Mask fidelity", mask_fidelity, _mask_fidelity, needs_masks=True),
+    Section("Memorisation", memorisation, memorisation_of),
 ]
 
 
@@ -154,6 +202,7 @@ def evaluate(
     num_training: int = 200,
     seed: int = 0,
     overlays: Sequence[Path] = (),
+    train_on_samples: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on a split and write `evaluation.html`, `evaluation.json` and `model_card.md` into `out`.
 
@@ -170,6 +219,7 @@ def evaluate(
         num_training: so many training volumes at most are looked at.
         seed: of all that is drawn.
         overlays: configuration of a segmenter that is trained here.
+        train_on_samples: measure usefulness too, which trains nine segmenters; see usefulness.py.
 
     Returns:
         what the JSON holds.
@@ -188,7 +238,9 @@ def evaluate(
     if judge is not None and place:
         networks.insert(0, segmenter_network(judge, place, device))
     evidence = Evidence.gathered(out, model, dataset_dir, split, judge, networks, num_samples, num_training, seed)
-    outcomes = {section.name: _outcome(section, evidence) for section in SECTIONS}
+    asked = [Section("Usefulness", usefulness, _usefulness_of(place), needs_masks=True)] if train_on_samples else []
+    sections = [*SECTIONS, *asked]
+    outcomes = {section.name: _outcome(section, evidence) for section in sections}
     told = {
         "latdiff3d": __version__,
         "model": checkpoints.sha256(model.path),
@@ -201,8 +253,8 @@ def evaluate(
         "sections": {name: figures for name, (figures, _) in outcomes.items()},
     }
     write_json(out / FIGURES, told)
-    whole_files.write(out / CARD, _card(evidence, outcomes))
-    whole_files.write(out / PAGE, _page(evidence, outcomes))
+    whole_files.write(out / CARD, _card(evidence, sections, outcomes))
+    whole_files.write(out / PAGE, _page(evidence, sections, outcomes))
     return told
 
 
@@ -274,9 +326,9 @@ def _class_names(model: Model) -> list[str]:
     return model.class_names if model.is_conditional else []
 
 
-def _page(evidence: Evidence, outcomes: Mapping[str, tuple[Figures, Pictures]]) -> str:
+def _page(evidence: Evidence, sections: Sequence[Section], outcomes: Mapping[str, tuple[Figures, Pictures]]) -> str:
     parts = []
-    for section in SECTIONS:
+    for section in sections:
         figures, pictures = outcomes[section.name]
         why = figures.get(LEFT_OUT)
         content = f"<p>Not measured: {html.escape(why)}.</p>" if why else section.module.render(figures, pictures)
@@ -285,11 +337,11 @@ def _page(evidence: Evidence, outcomes: Mapping[str, tuple[Figures, Pictures]]) 
     return page(title, title, html.escape(_lead(evidence)), parts)
 
 
-def _card(evidence: Evidence, outcomes: Mapping[str, tuple[Figures, Pictures]]) -> str:
+def _card(evidence: Evidence, sections: Sequence[Section], outcomes: Mapping[str, tuple[Figures, Pictures]]) -> str:
     """Return the paragraph for a model card."""
     sentences = [
         section.module.sentence(outcomes[section.name][0])
-        for section in SECTIONS
+        for section in sections
         if LEFT_OUT not in outcomes[section.name][0]
     ]
     return " ".join([_lead(evidence), *sentences]) + "\n"

@@ -12,16 +12,16 @@ ROOT = Path(latdiff3d.__file__).parent
 FLOORS = [
     {"cli"},
     {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders", "evaluation"},
-    {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs", "evidence"},
+    {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs", "evidence", "usefulness"},
     {"sample_folders"},
-    {"preflight", "importing", "realism"},
-    {"synthesis", "runs", "reconstruction", "compvis_configs", "features"},
+    {"preflight", "importing", "realism", "memorisation"},
+    {"synthesis", "runs", "reconstruction", "compvis_configs", "features", "copy_search"},
     {"checkpointing", "compvis_diffusion", "editing"},
     {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},
     {"training", "latents", "latent_cache", "image_cache", "quality_page", "previews"}
     | {"simulated_memory", "conversion", "codec_fidelity", "diversity"},
     {"handlers", "config", "lesion_contrast", "tally", "quality_pictures", "latent_entries", "latent_windows"}
-    | {"mask_fidelity", "interruption", "tracking", "plots"},
+    | {"mask_fidelity", "interruption", "tracking", "plots", "planted_copies"},
     {"bootstrap", "frechet_distance"},
     {"plain_figures"},
     {"dice", "fidelity", "spectrum", "kernel_distance", "linear_codes", "latent_moments", "verdict"}
@@ -42,7 +42,9 @@ FLOORS = [
     {"layouts", "phantoms"},
     {"dicom_masks"},
     {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions"},
-    {"errors", "exported", "bundle_modules", "bundle_probe"} | {"membrane", "scan_noise", "html_page", "whole_files"},
+    {"errors", "exported", "bundle_modules", "bundle_probe"}
+    | {"membrane", "scan_noise", "html_page", "whole_files"}
+    | {"nearest"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")

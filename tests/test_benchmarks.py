@@ -126,6 +126,21 @@ def test_imported_weights_compute_what_their_networks_do():
     assert all(float(row["wrong"]) > 0.1 for row in networks) and "region_index_layer" in u_net["refused"]
 
 
+def test_the_audit_of_memorisation_runs_on_a_model_of_five_cases_and_on_another(tiny_runs, tmp_path):
+    overlay = tmp_path / "tiny.yaml"
+    tiny = {k: v for k, v in TINY["diffusion"].items() if k.startswith(("denoiser", "autoencoder", "crop"))}
+    overlay.write_text(yaml.safe_dump({**tiny, "sampling_steps": 2}))
+    data = write_phantoms(tmp_path / "data", 6, 20, (16, 16, 16))
+    words = ("--data", data, "--run", tmp_path / "run", "--config", overlay, "--first-stage", tiny_runs.autoencoder)
+    ended = run_process("benchmarks/memorisation.py", *words, "--all", tiny_runs.diffusion, "--short")
+    figures = last_line(ended)
+    assert list(figures) == ["overfitted", "all"]
+    assert (figures["overfitted"]["num_training"], figures["all"]["num_training"]) == (5, 6)
+    for found in figures.values():
+        assert found["planted_found"] > 0 and found["num_samples"] == 20
+        assert set(found["flagged_by_space"]) == {"image", "latent", "features"}
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "benchmarks").glob("*.py")))
 def test_every_benchmark_finds_what_it_imports(script):
     module = script.removesuffix(".py")
