@@ -121,9 +121,10 @@ def test_imported_weights_compute_what_their_networks_do():
     figures = last_line(run_process("benchmarks/import_table.py"))  # without monai-generative, which is not installed
     *networks, u_net = figures["rows"]
     assert [row["format"] for row in networks] == 3 * ["MONAI 1.6"] + 2 * ["MAISI"]
-    assert figures["largest"] <= 2e-5  # MAISI's own group norms round otherwise than PyTorch's
-    assert networks[-1]["difference"] <= 1e-6
-    assert all(float(row["wrong"]) > 0.1 for row in networks) and "region_index_layer" in u_net["refused"]
+    assert figures["largest"] <= 1e-5
+    *flags, norm = (float(row["wrong"]) for row in networks)
+    assert all(wrong > 0.1 for wrong in flags) and "region_index_layer" in u_net["refused"]
+    assert 1e-6 < norm < 1e-4  # PyTorch's group norm in place of MAISI's only rounds otherwise
 
 
 def test_the_audit_of_memorisation_runs_on_a_model_of_five_cases_and_on_another(tiny_runs, tmp_path):
