@@ -41,7 +41,7 @@ from latdiff3d import (
 )
 from latdiff3d.copy_search import spaces_for
 from latdiff3d.errors import InputError
-from latdiff3d.evidence import SETTINGS, Evidence, RealVolumes, judge_of
+from latdiff3d.evidence import SETTINGS, Evidence, judge_of
 from latdiff3d.features import pretrained_network, segmenter_network
 from latdiff3d.fidelity import own_voxels
 from latdiff3d.handlers import progress_bar
@@ -143,10 +143,9 @@ def _mask_fidelity(evidence: Evidence) -> tuple[Figures, Pictures]:
 def memorisation_of(evidence: Evidence) -> tuple[Figures, Pictures]:
     """Return what `memorisation.measure` does of all samples, the split's real volumes and all training volumes."""
     model, codec, num = evidence.model, evidence.model.synthesizer.codec, evidence.num_samples
-    cases = model.config.get_parsed_content("splits")["train"]
-    if why := _why_no_audit(evidence, len(cases)):
+    training = evidence.all_training
+    if why := _why_no_audit(evidence, len(training)):
         return {LEFT_OUT: why}, {}
-    training = RealVolumes(model, cases, evidence.folder / "volumes")
     made = [
         NamedVolume(job.name, evidence.made(number % num, number // num), evidence.made_own(number // num))
         for number, job in enumerate(evidence.jobs)
@@ -175,9 +174,10 @@ def _usefulness_of(segmenter: str | Path | None) -> Callable[[Evidence], tuple[F
         assert segmenter is not None
         if evidence.given["split"] == "train":
             return {LEFT_OUT: "no real volume of --split train is held out, to test segmenters on"}, {}
-        training = model.config.get_parsed_content("splits")["train"]
+        training = evidence.all_training.cases
         made = usefulness.make_synthetic(model, training, folder / "training_samples", evidence.seed)
-        return usefulness.measure(folder / "usefulness", segmenter, training, made, evidence.cases, evidence.reals)
+        out = folder / "usefulness" / evidence.key  # a run of another model's samples is not gone on with
+        return usefulness.measure(out, segmenter, training, made, evidence.cases, evidence.reals)
 
     return measure
 
@@ -339,11 +339,11 @@ def _page(evidence: Evidence, sections: Sequence[Section], outcomes: Mapping[str
 
 def _card(evidence: Evidence, sections: Sequence[Section], outcomes: Mapping[str, tuple[Figures, Pictures]]) -> str:
     """Return the paragraph for a model card."""
-    sentences = [
-        section.module.sentence(outcomes[section.name][0])
-        for section in sections
-        if LEFT_OUT not in outcomes[section.name][0]
-    ]
+    sentences = []
+    for section in sections:
+        figures, _ = outcomes[section.name]
+        why = figures.get(LEFT_OUT)
+        sentences.append(f"{section.title} was not measured: {why}." if why else section.module.sentence(figures))
     return " ".join([_lead(evidence), *sentences]) + "\n"
 
 

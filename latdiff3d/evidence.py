@@ -163,10 +163,17 @@ class Evidence:
         return cls(folder, model, dataset_dir, usable, jobs, num_samples, reals, trained, judge, networks, seed, given)
 
     @cached_property
+    def all_training(self) -> RealVolumes:
+        """Return the real volumes of the whole training split, however many were asked for."""
+        cases = self.model.config.get_parsed_content("splits").get("train", [])
+        return RealVolumes(self.model, cases, self.folder / "volumes")
+
+    @cached_property
     def key(self) -> str:
         """Return a hash of all that figures depend on but code."""
         made = [{name: sample_folders.essence(part) for name, part in job.provenance.items()} for job in self.jobs]
-        return fingerprints.of([__version__, self.reals.keys, self.training.keys, made, self.seed, dict(self.given)])
+        volumes = [self.reals.keys, self.training.keys, self.all_training.keys]
+        return fingerprints.of([__version__, *volumes, made, self.seed, dict(self.given)])
 
     @cached_property
     def samples(self) -> Path:

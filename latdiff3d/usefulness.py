@@ -49,7 +49,7 @@ class Labelled(Protocol):
         """Return 1 on the voxels that are its own, (1, D, H, W)."""
 
 
-def make_synthetic(model: Model, training: Sequence[Case], out: Path, seed: int = 0) -> Path:
+def make_synthetic(model: Model, training: Sequence[Mapping[str, Any]], out: Path, seed: int = 0) -> Path:
     """Write a volume for each training mask into `out`, those that are there left as they are, and return it.
 
     Raises:

@@ -71,6 +71,7 @@ def test_the_json_says_what_was_measured_on_what(evaluated, tiny_runs, judge):
 def test_the_cards_paragraph_names_n_and_the_seed(evaluated):
     card = (evaluated[0] / "model_card.md").read_text()
     assert "4 synthetic volumes, 2 for each of 2 val cases" in card and "seed 0" in card and card.count("\n") == 1
+    assert "Memorisation was not measured: 2 held-out cases" in card
 
 
 def test_no_two_samples_share_their_noise_and_all_are_marked(evaluated):
