@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -241,3 +242,20 @@ def test_a_real_volume_lies_where_a_sample_for_its_mask_does(model, phantoms):
 def test_cases_are_spread_evenly():
     assert evidence.spread(range(10), 4) == [0, 3, 6, 9]
     assert evidence.spread(range(3), 5) == [0, 1, 2] and evidence.spread([], 5) == []
+
+
+def test_a_training_volume_that_no_figure_but_the_audit_looks_at_counts_for_what_is_kept(tiny_runs, tmp_path):
+    data = shutil.copytree(tiny_runs.data, tmp_path / "data")
+
+    def gathered():
+        model = Model.load(tiny_runs.diffusion)
+        return evidence.Evidence.gathered(tmp_path / "out", model, data, "val", None, [], 1, 1, 0)
+
+    before = gathered()
+    key = before.key
+    assert len(before.training) == 1 < len(before.all_training)
+    changed = Path(before.all_training.cases[-1]["image"][0])
+    image = nib.load(changed)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine), changed)
+    after = gathered()
+    assert after.training.keys == before.training.keys and after.key != key
