@@ -23,6 +23,7 @@ NETWORKS = {"diffusion": "network_def", "autoencoder": "reconstruction_def"}
 INFERENCE = ["configs/common.yaml", "configs/inference.yaml"]
 NO_WEIGHTS = "the bundle has no weights; export a run"
 INSTALL = "pip install 'latdiff3d[export]'"
+TORCHRUNS_REPORT = "torch/distributed/elastic/"  # is in its first line, and stands below what a rank has said
 # Small, and only where it changes no more than how long a run takes.
 TRIAL = {"max_epochs": 1, "val_interval": 1, "batch_size": 1, "num_workers": 0, "cache": "none"}
 
@@ -133,7 +134,7 @@ class _Trial:
 
         They are of a few phantoms. What a bundle without weights samples and measures are those of these runs.
         """
-        data = write_trial_data(self.place / "data", self._settings())
+        data = write_trial_data(self.place / "data", self._settings(), max(nums_processes))
         for number in nums_processes:
             flows = self._flows(data, self.place / f"runs_{number}")
             for stage in NETWORKS:
@@ -222,7 +223,8 @@ class _Trial:
         )
         if ended.returncode == 0:
             return Check(name, OK), ended
-        said = _last_line(ended.stderr) or _last_line(ended.stdout) or f"exit code {ended.returncode}"
+        by_a_rank = ended.stderr.partition(TORCHRUNS_REPORT)[0].rpartition("\n")[0]
+        said = _last_line(by_a_rank or ended.stderr) or _last_line(ended.stdout) or f"exit code {ended.returncode}"
         return Check(name, FAILED, said), ended
 
 

@@ -13,21 +13,23 @@ from monai.bundle import ConfigParser
 from latdiff3d.covariates import TABLE
 from latdiff3d.phantoms import MIN_AXIS, MODALITIES, write_phantoms
 
-NUM_TRAIN, NUM_VAL = 2, 1
+NUM_TRAIN, NUM_VAL = 2, 1  # at least
 SPACING_MM = 3.0
 
 
-def write_trial_data(folder: Path, settings: ConfigParser) -> Path:
+def write_trial_data(folder: Path, settings: ConfigParser, num_ranks: int = 1) -> Path:
     """Write phantoms in BraTS's layout with a bundle's modalities, labels and covariates, and return the folder.
 
     Args:
         folder: not there yet.
         settings: the bundle's common.yaml.
+        num_ranks: that train on them at once; each has a case of training and one of validation at least.
     """
     modalities, labels, crop_to = (settings[key] for key in ("modalities", "labels", "crop_to"))
     spacing_mm = float(np.mean(settings["spacing"])) if isinstance(settings["spacing"], list) else SPACING_MM
     size = [max(MIN_AXIS, length) for length in crop_to]
-    source = write_phantoms(folder.with_name("phantoms"), NUM_TRAIN, NUM_VAL, (size[0], size[1], size[2]), spacing_mm)
+    nums = max(NUM_TRAIN, num_ranks), max(NUM_VAL, num_ranks)
+    source = write_phantoms(folder.with_name("phantoms"), *nums, (size[0], size[1], size[2]), spacing_mm)
     folder.mkdir()
     for place in sorted(path for path in source.iterdir() if path.is_dir()):
         case = folder / place.name

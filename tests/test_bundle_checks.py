@@ -8,9 +8,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import REPOSITORY, refused, run_here
+from monai.bundle import ConfigParser
 
 from latdiff3d import bundle_checks, bundle_files
 from latdiff3d.bundle_checks import FAILED, NOT_MADE, OK, verify
+from latdiff3d.bundle_trial import write_trial_data
 
 BUNDLES = sorted(path for path in (REPOSITORY / "bundles").iterdir() if path.is_dir())
 EXPORT_PACKAGES = ("jsonschema", "onnx", "onnxscript", "onnxruntime")
@@ -129,6 +131,23 @@ def test_another_interpreter_makes_the_checks_and_runs_are_on_one_process_and_on
         alone, both = (sum(f"{start} {program} " in line for line in lines) for start in ("monai.bundle run", torchrun))
         assert alone == 2 * both > 0
     assert {f"training diffusion goes on{on}" for on in ("", ", 2 processes")} <= found.keys()
+
+
+def test_what_a_rank_says_is_told_rather_than_torchruns_report_of_it(bundle, tmp_path):
+    python = tmp_path / "python"
+    report = "E1 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)\nmonai.bundle FAILED\n====="
+    python.write_text(f'#!/bin/sh\necho "InputError: no room" >&2\necho "{report}" >&2\nexit 1\n')
+    python.chmod(0o755)
+    said = {check.name: check.said for check in verify(bundle, python=python, num_processes=2)}
+    assert said["training diffusion, 2 processes"] == "InputError: no room"
+
+
+def test_each_rank_has_a_case_of_training_and_one_of_validation(bundle, tmp_path):
+    settings = ConfigParser()
+    settings.read_config(str(bundle / "configs" / "common.yaml"))
+    data = write_trial_data(tmp_path / "data", settings, num_ranks=3)
+    assert all(len((data / f"{split}.list").read_text().split()) == 3 for split in ("train", "val"))
+    assert len(list(data.glob("*/*_seg.nii.gz"))) == 6
 
 
 def test_an_interpreter_that_is_not_there_is_told_in_one_line(bundle):
