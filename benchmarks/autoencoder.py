@@ -7,11 +7,7 @@ crops in the same order, and is validated at the same times: PSNR in dB, data ra
 voxels, mean over the volumes. Beside them stands block PCA, the best linear code at the same rate, fitted on the
 training cases' crops. What `--run` holds already is not trained again. Writes FOLDER/autoencoder.json and .png.
 
-- monai: the recipe of the Model Zoo's brats_mri_generative_diffusion: float32, L1 + 1e-7 KL (summed) + 0.1 adversarial
-  (least squares, from the first step), 5 discriminator updates for each of the generator's, Adam at 2e-5, 2 residual
-  blocks a level; its channels (64, 128, 256) quartered, and one volume a batch instead of 4, which is four times the
-  steps in the same time. Its perceptual term is left out: as published it looks through
-  a ResNet50 that nobody trained, and costs time.
+- monai: stage 1 of the Model Zoo's brats_mri_generative_diffusion, in float32; see monai_recipe.py.
 - plain: MONAI's AutoencoderKL of (16, 32, 64) channels, L1 + KL, bfloat16, as configs/plain.yaml.
 - fast: the wavelet stem around (32, 64) channels, the same losses.
 
@@ -33,9 +29,8 @@ import torch
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from monai.data import DataLoader
-from monai.losses import PatchAdversarialLoss
-from monai.networks.nets import AutoencoderKL, PatchDiscriminator
 from monai.utils import set_determinism
+from monai_recipe import AutoencoderRecipe
 
 from latdiff3d.cli import door
 from latdiff3d.config import CONFIG_FOLDER, training_workflow
@@ -55,9 +50,8 @@ OURS_COMMON = {"loss::disc_weight": 0.0, "batch_size": 1, "learning_rate": 1e-3}
 # Shares of an arm's time after which it is validated: dense at first, where a fast network's curve is steep.
 CHECKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 WARMUP_STEPS = 50
-MONAI_LEARNING_RATE, MONAI_KL_WEIGHT, MONAI_ADVERSARIAL_WEIGHT, MONAI_DISCRIMINATOR_STEPS = 2e-5, 1e-7, 0.1, 5
 
-Step = Callable[[int, dict[str, Any]], None]
+Step = Callable[[int, dict[str, Any]], object]
 Curve = list[dict[str, float]]
 
 
@@ -103,7 +97,8 @@ def trained(arm: str, given: argparse.Namespace, data: ConfigParser) -> tuple[Cu
     """Train an arm for its time; return its validated curve and how many steps it made."""
     start = time.monotonic()
     if arm == "monai":
-        autoencoder, step = monai_recipe(data)
+        recipe = AutoencoderRecipe(data.get_parsed_content("num_channels"), data.get_parsed_content("latent_channels"))
+        autoencoder, step = recipe.autoencoder, lambda _, batch: recipe.step(batch)
         precision = "fp32"
     else:
         overlays = [str(CONFIG_FOLDER / "plain.yaml")] if arm == "plain" else []
@@ -147,41 +142,6 @@ def our_recipe(parser: ConfigParser, seconds: float) -> tuple[torch.nn.Module, S
         update(SimpleNamespace(state=SimpleNamespace(iteration=iteration)), batch)
 
     return update.autoencoder, step
-
-
-def monai_recipe(data: ConfigParser) -> tuple[torch.nn.Module, Step]:
-    """Return the Model Zoo's network and step; see the top of this file."""
-    num_channels = data.get_parsed_content("num_channels")
-    autoencoder = AutoencoderKL(
-        spatial_dims=3, in_channels=num_channels, out_channels=num_channels, channels=(16, 32, 64),
-        latent_channels=data.get_parsed_content("latent_channels"), num_res_blocks=2, norm_num_groups=16,
-        attention_levels=(False, False, False), with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
-    )  # fmt: skip
-    discriminator = PatchDiscriminator(
-        spatial_dims=3, in_channels=num_channels, channels=32, num_layers_d=3, norm="INSTANCE"
-    )
-    adversarial = PatchAdversarialLoss(criterion="least_squares")
-    generator_optimizer = torch.optim.Adam(autoencoder.parameters(), MONAI_LEARNING_RATE)
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), MONAI_LEARNING_RATE)
-
-    def step(iteration: int, batch: dict[str, Any]) -> None:
-        image = batch["image"].as_tensor()
-        autoencoder.train()
-        reconstruction, mean, std = autoencoder(image)
-        for _ in range(MONAI_DISCRIMINATOR_STEPS):
-            discriminator_optimizer.zero_grad(set_to_none=True)
-            fake = adversarial(discriminator(reconstruction.detach())[-1], False, True)
-            real = adversarial(discriminator(image)[-1], True, True)
-            (MONAI_ADVERSARIAL_WEIGHT * 0.5 * (fake + real)).backward()
-            discriminator_optimizer.step()
-        generator_optimizer.zero_grad(set_to_none=True)
-        kl = 0.5 * (mean**2 + std**2 - (std**2).log() - 1).sum() / len(image)
-        heard = adversarial(discriminator(reconstruction)[-1], True, False)
-        loss = (reconstruction - image).abs().mean() + MONAI_KL_WEIGHT * kl + MONAI_ADVERSARIAL_WEIGHT * heard
-        loss.backward()
-        generator_optimizer.step()
-
-    return autoencoder, step
 
 
 def batches_of(data: ConfigParser) -> DataLoader:

@@ -280,7 +280,7 @@ def import_weights(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as first_stage=autoencoder.pt")] = None,
     to: Annotated[Path, typer.Option(help="the checkpoint, a .pt file")] = Path("imported.pt"),
     config: Annotated[list[Path] | None, typer.Option(help="overlay YAML; what it sets is not guessed")] = None,
-    data: Annotated[str | None, typer.Option(help="a data set, to measure an autoencoder's latents over")] = None,
+    data: Annotated[str | None, typer.Option(help="a data set, to measure latents over, or masks")] = None,
     scale_factor: Annotated[float | None, typer.Option(help="instead: that of its own diffusion model")] = None,
 ) -> None:
     """Make a checkpoint of weights that were trained elsewhere: an autoencoder, or a denoiser behind one."""

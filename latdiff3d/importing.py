@@ -69,8 +69,8 @@ def import_weights(
         source: a state dict, by itself or under "state_dict".
         out: a .pt file that is not there yet.
         overlays: YAML files; what they set is not taken from the weights.
-        settings: `key: value`, which win over overlays; a `dataset_dir` in them is measured the latents over, a
-            `first_stage` is the autoencoder's checkpoint, which a denoiser needs.
+        settings: `key: value`, which win over overlays; over a `dataset_dir` in them latents are measured, or, of
+            a denoiser, what its masks and intensities are; a `first_stage` is its autoencoder's checkpoint.
         scale_factor: of an autoencoder, what its latents were multiplied by for its own diffusion model: kept in place
             of a measurement, and what that model must be used with.
 
@@ -97,18 +97,22 @@ def import_weights(
         "first_stage": None, "finished": True,
     }  # fmt: skip
     said = [_untraced(old, resolved)]
+    has_data = any("dataset_dir" in keys for keys in (given, *map(config.read_yaml, overlays)))
     if stage == "autoencoder":
-        has_data = any("dataset_dir" in keys for keys in (given, *map(config.read_yaml, overlays)))
         said.append(_measured(codec, parser, has_data, scale_factor))
         content["objects"] = {"codec": codec.state_dict()}
     else:
-        if resolved["spacing"] is None:
-            raise InputError("weights do not tell the voxels' size in mm; import the autoencoder with spacing=[1,1,1].")
+        if resolved["spacing"] is None and not has_data:
+            raise InputError(
+                "weights do not tell the voxels' size in mm; import the autoencoder with spacing=[1,1,1], or give the "
+                "--data that the denoiser was trained on."
+            )
         first_stage_codec(given["first_stage"], codec, parser.get_parsed_content("first_stage_settings"))
         weights = network.state_dict()
         content["objects"] = {"codec": codec.state_dict(), "denoiser": weights, "ema": weights}
         content["first_stage"] = checkpoints.record(given["first_stage"])
-        content["notes"]["spacing_mm"] = list(resolved["spacing"])
+        told = parser.get_parsed_content("train::run::notes") if has_data else {"spacing_mm": list(resolved["spacing"])}
+        content["notes"] |= told
     checkpoints.save(out, content)
     if stage == "autoencoder":
         shared = config.as_yaml({key: resolved[key] for key in OF_FIRST_STAGE})

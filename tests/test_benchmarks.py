@@ -8,6 +8,7 @@ import yaml
 from conftest import REPOSITORY, TINY, TINY_AUTOENCODER, run_process
 
 from latdiff3d.phantoms import write_phantoms
+from latdiff3d.synthesis import Model
 
 
 def last_line(ended):
@@ -24,6 +25,19 @@ def test_the_autoencoders_race_and_a_second_call_trains_nothing(phantoms, tmp_pa
     assert (tmp_path / "race" / "autoencoder.png").stat().st_size > 5000
     again = run_process("benchmarks/autoencoder.py", *words)
     assert last_line(again) == figures and "to start" not in again.out
+
+
+def test_monais_recipe_becomes_a_model_of_ours_and_a_second_call_trains_nothing(phantoms, tmp_path):
+    overlay, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    overlay.write_text(yaml.safe_dump({**TINY_AUTOENCODER, "crop_to": [32, 32, 32]}))
+    words = ("--data", phantoms, "--config", overlay, "--run", run, "--minutes", "0.001", "0.001")
+    figures = last_line(run_process("benchmarks/monai_recipe.py", *words))
+    assert figures["steps"]["autoencoder"] >= 1 and figures["steps"]["denoiser"] >= 1
+    assert last_line(run_process("benchmarks/monai_recipe.py", *words)) == figures
+    model = Model.load(run / "model.pt", num_steps=2)
+    assert model.config["conditioning"] == "scalar" and model.synthesizer.guidance.scale == 1
+    mask = next(phantoms.glob("*/*_seg.nii.gz"))
+    assert model.sample(str(mask), seed=0).volume.shape == (4, 32, 32, 32)
 
 
 def test_sharpness_goes_on_from_a_run_in_both_arms(tiny_runs):

@@ -1,5 +1,6 @@
 """Weights from elsewhere through `latdiff3d import`: into stage 2, into sampling, and what is refused on the way."""
 
+import nibabel
 import pytest
 import torch
 import yaml
@@ -133,3 +134,15 @@ def test_a_missing_spacing_is_asked_for(old, tmp_path):
     assert run_here("import", old / "autoencoder.pt", "--to", first, "--scale-factor", 1).code == 0
     words = ("--to", tmp_path / "denoiser.pt", f"first_stage={first}", "denoiser_def.num_head_channels=16")
     assert "spacing=[1,1,1]" in refused(run_here("import", old / "denoiser.pt", *words))
+
+
+def test_the_data_tell_a_denoisers_spacing_and_intensities(old, phantoms, tmp_path):
+    first, second = tmp_path / "autoencoder.pt", tmp_path / "denoiser.pt"
+    assert run_here("import", old / "autoencoder.pt", "--to", first, "--scale-factor", 1).code == 0
+    words = ("--data", phantoms, f"first_stage={first}", "denoiser_def.num_head_channels=16", "crop_to=[16,16,16]")
+    ended = run_here("import", old / "denoiser.pt", "--to", second, *words)
+    assert ended.code == 0, ended.err
+    notes = checkpoints.load(second)["notes"]
+    header = nibabel.load(next(phantoms.glob("*/*_seg.nii.gz"))).header
+    assert notes["spacing_mm"] == pytest.approx(list(header.get_zooms()))
+    assert notes["imported"]["sha256"] == checkpoints.sha256(old / "denoiser.pt") and notes["intensities"]
