@@ -22,7 +22,8 @@ from typing import Any
 from latdiff3d import checkpoints, config, runs
 from latdiff3d.cli import door
 from latdiff3d.errors import InputError
-from latdiff3d.evaluation import LEFT_OUT, memorisation_of
+from latdiff3d.evaluation import memorisation_of
+from latdiff3d.evaluation_files import LEFT_OUT
 from latdiff3d.evidence import Evidence, judge_of, spread
 from latdiff3d.memorisation import ANY, sentence
 from latdiff3d.synthesis import Model

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from latdiff3d.bundle_modules import OWN_FIELDS, version_of
+from latdiff3d.evaluation_files import Evaluated
 from latdiff3d.exported import TRAINING
 from latdiff3d.synthesis import Model
 
@@ -20,6 +21,7 @@ def metadata_of(
     model: Model,
     contents: Mapping[str, Mapping[str, Any]],
     packages: Mapping[str, str],
+    evaluated: Evaluated | None = None,
 ) -> dict[str, Any]:
     """Return the metadata of stage 2's network, and of the whole bundle.
 
@@ -28,6 +30,7 @@ def metadata_of(
         model: that is exported.
         contents: of the checkpoints, by stage; stage 1's may be absent.
         packages: version of each that the modules need.
+        evaluated: its samples, if they were.
     """
     versions = dict(
         zip(("pytorch_version", "monai_version", "numpy_version"), map(version_of, OWN_FIELDS), strict=True)
@@ -39,7 +42,7 @@ def metadata_of(
         "required_packages_version": dict(packages),
         "image_classes": f"{', '.join(model.modalities)}, each scaled to [0, 1]",
         "label_classes": f"labels of the mask: {labels}",
-        "eval_metrics": figures_of(contents),
+        "eval_metrics": figures_of(contents) | ({} if evaluated is None else evaluated.figures()),
         FORMAT: denoiser_format(model),
         TRAINING: {stage: _training(contents.get(stage, {})) for stage in ("diffusion", "autoencoder")},
     }

@@ -170,14 +170,15 @@ def evaluate(
 ) -> None:
     """Measure a model: reconstruction, realism, diversity, mask fidelity, memorisation. What is there is kept."""
     import latdiff3d
-    from latdiff3d import evaluation
+    from latdiff3d import evaluation, evaluation_files
     from latdiff3d.config import parse_settings
 
     loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
     evaluation.evaluate(
         loaded, data, out, split, segmenter, weights or [], num_samples, num_training, seed, config or [], usefulness
     )
-    print(f"{out / evaluation.PAGE} shows it; {evaluation.FIGURES} and {evaluation.CARD} are beside it")
+    files = evaluation_files
+    print(f"{out / files.PAGE} shows it; {files.FIGURES} and {files.CARD} are beside it")
 
 
 @app.command()
@@ -185,12 +186,13 @@ def export(
     run: Annotated[str, typer.Option(help="a finished run of stage 2, or its checkpoint")],
     to: Annotated[Path, typer.Option(help="the bundle's folder, which is not there yet")],
     mask: Annotated[Path | None, typer.Option(help="a mask, for which the model card shows a sample")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="what latdiff3d evaluate wrote of it, for the card")] = None,
     splits: Annotated[bool, typer.Option("--splits", help="take the lists of cases along, which name them")] = False,
 ) -> None:
     """Write a run as a self-contained MONAI bundle."""
     from latdiff3d.export import export as write_bundle
 
-    for sentence in write_bundle(run, to, mask, splits):
+    for sentence in write_bundle(run, to, mask, splits, evaluation):
         print(f"note: {sentence}")
     print(f"{to} is a MONAI bundle. Next: latdiff3d verify {to}")
 

@@ -41,6 +41,7 @@ from latdiff3d import (
 )
 from latdiff3d.copy_search import spaces_for
 from latdiff3d.errors import InputError
+from latdiff3d.evaluation_files import CARD, FIGURES, LEFT_OUT, PAGE
 from latdiff3d.evidence import SETTINGS, Evidence, judge_of
 from latdiff3d.features import pretrained_network, segmenter_network
 from latdiff3d.fidelity import own_voxels
@@ -53,9 +54,7 @@ from latdiff3d.plain_figures import finite, write_json
 from latdiff3d.quality_pictures import outlined_png
 from latdiff3d.synthesis import Model
 
-PAGE, FIGURES, CARD = "evaluation.html", "evaluation.json", "model_card.md"
 NUM_SHOWN = 3  # cases, real and synthetic
-LEFT_OUT = "left_out"  # the one figure of a section that was not measured: why
 
 Figures = dict[str, Any]
 Pictures = dict[str, bytes]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from latdiff3d import checkpoints, config, exported, model_card
+from latdiff3d import checkpoints, config, evaluation_files, exported, model_card
 from latdiff3d.bundle_files import write_checksums
 from latdiff3d.bundle_metadata import autoencoder_metadata, metadata_of
 from latdiff3d.bundle_modules import copy_modules, modules_needed, packages_needed
@@ -28,7 +28,13 @@ SPLIT_FOLDER = "splits"
 PLACES = ("dataset_dir", "split_dir", "first_stage", "segmenter", *NOT_OF_THE_RUN)
 
 
-def export(run: str | Path, to: str | Path, mask: str | Path | None = None, splits: bool = False) -> list[str]:
+def export(
+    run: str | Path,
+    to: str | Path,
+    mask: str | Path | None = None,
+    splits: bool = False,
+    evaluation: str | Path | None = None,
+) -> list[str]:
     """Write a finished run of stage 2 as a bundle that needs nothing but monai and the packages in its metadata.
 
     Args:
@@ -36,12 +42,14 @@ def export(run: str | Path, to: str | Path, mask: str | Path | None = None, spli
         to: a folder that is not there yet, or is empty.
         mask: for which the model card shows a sample; a model without masks needs none.
         splits: take the run's train.list, val.list and test.list along, which hold the names of cases.
+        evaluation: the folder that `latdiff3d evaluate` wrote of this run, whose figures the bundle then names.
 
     Returns:
         what the bundle lacks, or has another value of, in sentences.
 
     Raises:
-        InputError: no run, one that is not finished, a folder with something in it, or a mask that cannot be used.
+        InputError: no run, one that is not finished, a folder with something in it, a mask that cannot be used, or
+            an evaluation of another model.
     """
     path = checkpoints.find(run)
     contents = {"diffusion": checkpoints.load(path, "diffusion")}
@@ -49,6 +57,7 @@ def export(run: str | Path, to: str | Path, mask: str | Path | None = None, spli
         raise InputError(f"{path} is of a run that is not finished; give its training command again, which goes on.")
     if exported.is_weights_file(path):
         raise InputError(f"{path} is in a bundle that was exported already; copy the bundle, or give a run.")
+    evaluated = evaluation_files.read(evaluation, checkpoints.sha256(path)) if evaluation is not None else None
     said: list[str] = []
     contents |= _first_stage(contents["diffusion"], said)
     model = Model.load(path)
@@ -71,7 +80,7 @@ def export(run: str | Path, to: str | Path, mask: str | Path | None = None, spli
         texts = {name: _as_text(name, content) for name, content in configs.items()} | _kinds(source)
         modules = modules_needed(texts.values())
         template = json.loads((source / exported.METADATA).read_text())
-        metadata = metadata_of(template, model, contents, packages_needed(modules))
+        metadata = metadata_of(template, model, contents, packages_needed(modules), evaluated)
         both = (metadata, autoencoder_metadata(metadata, model))
         for (_, file, _), content in zip(exported.WEIGHTS.values(), both, strict=True):
             texts[Path(file).name] = json.dumps(content, indent=4) + "\n"
@@ -83,7 +92,7 @@ def export(run: str | Path, to: str | Path, mask: str | Path | None = None, spli
         for file in ("LICENSE", "docs/data_license.txt"):
             (folder / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / file, folder / file)
-        model_card.write(folder, path.parent.parent, model, metadata, mask, Path(to).name)
+        model_card.write(folder, path.parent.parent, model, metadata, mask, Path(to).name, evaluated)
         write_checksums(folder)
     return said
 

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from latdiff3d.evaluation_files import Evaluated
 from latdiff3d.pictures import write_pictures
 from latdiff3d.synthesis import Model
 from latdiff3d.volumes import labels_of
 
 CURVES, SAMPLE = "training.png", "sample"
+MEASURED = "what was found of that stands under Performance, and is no proof of privacy"
+NOT_MEASURED = "whether they do has not been measured here"
 
 TEXT = """# Model Overview
 
@@ -42,7 +45,7 @@ average of those trained in {epochs} epochs, {iterations} steps.
 On the validation cases of the run, not on a test set:
 
 {figures}
-
+{evaluation}
 ## MONAI Bundle Commands
 
 From this folder, where monai and the packages in `configs/metadata.json` are installed:
@@ -74,7 +77,7 @@ python -m monai.bundle ckpt_export network_def --filepath models/model.ts --ckpt
 ## Limitations
 
 It makes what its training data showed, at their crop and spacing; other scanners, sites and populations were not
-tried. Synthetic volumes may resemble training cases; whether they do has not been measured here.
+tried. Synthetic volumes may resemble training cases; {memorisation}.
 
 ## References
 
@@ -87,13 +90,22 @@ Code and configuration: Apache-2.0, see `LICENSE`. The weights were trained on d
 """
 
 
-def write(folder: Path, run: Path, model: Model, metadata: Mapping[str, Any], mask: Any, name: str) -> None:
+def write(
+    folder: Path,
+    run: Path,
+    model: Model,
+    metadata: Mapping[str, Any],
+    mask: Any,
+    name: str,
+    evaluated: Evaluated | None = None,
+) -> None:
     """Write docs/README.md and its pictures into a bundle's `folder`.
 
     Args:
         run: the run's folder, for its metrics.
         mask: for which a sample is shown; None: without one, unless the model has no masks.
         name: of the bundle.
+        evaluated: the model's samples, if they were.
     """
     docs = folder / "docs"
     has_sample = mask is not None or not model.is_conditional
@@ -127,6 +139,8 @@ def write(folder: Path, run: Path, model: Model, metadata: Mapping[str, Any], ma
         "iterations": training["iteration"],
         "curves": f"![losses by epoch](./{CURVES})\n" if has_curves else "",
         "figures": _table(metadata["eval_metrics"]),
+        "evaluation": "" if evaluated is None else f"\n{evaluated.paragraph}\n",
+        "memorisation": MEASURED if evaluated is not None and evaluated.says_of_memorisation else NOT_MEASURED,
         "mask_option": "--mask MASK.nii.gz " if model.is_conditional else "",
     }
     (docs / "README.md").write_text(TEXT.format(**words))

@@ -76,7 +76,10 @@ def push(bundle: str | Path, repo: str, private: bool = True) -> str:
     if find_spec("huggingface_hub") is None:
         raise InputError("huggingface_hub is not installed; it sends bundles to the hub: pip install 'latdiff3d[hub]'.")
     version = json.loads((root / exported.METADATA).read_text())["version"]
-    with _copy(root) as copy:  # MONAI writes a README.md into it
+    with _copy(root) as copy:
+        for picture in (copy / "docs").glob("*.png"):  # MONAI copies the card to the top, whose links then point there
+            shutil.copyfile(picture, copy / picture.name)
+        write_checksums(copy)
         try:
             return str(push_to_hf_hub(repo, copy.name, str(copy.parent), private=private, version=version))
         except Exception as error:

@@ -41,7 +41,7 @@ FLOORS = [
     {"datalist"},
     {"layouts", "phantoms"},
     {"dicom_masks"},
-    {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions"},
+    {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions", "evaluation_files"},
     {"errors", "exported", "bundle_modules", "bundle_probe"}
     | {"membrane", "scan_noise", "html_page", "whole_files"}
     | {"nearest"},

@@ -75,6 +75,25 @@ def test_the_cards_paragraph_names_n_and_the_seed(evaluated):
     assert "Memorisation was not measured: 2 held-out cases" in card
 
 
+def test_an_exported_bundle_takes_the_evaluation_of_its_model_in_and_of_no_other(evaluated, tiny_runs, tmp_path):
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    words = ("export", "--run", tiny_runs.diffusion, "--evaluation", out)
+    ended = run_here(*words, "--to", tmp_path / "bundle")
+    assert ended.code == 0, ended.err
+    card = (tmp_path / "bundle" / "docs" / "README.md").read_text()
+    assert (out / "model_card.md").read_text().strip() in card and "has not been measured here" in card
+    metrics = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())["eval_metrics"]
+    sections = told(out)["sections"]
+    assert metrics["samples_mask_fidelity"] == sections["mask_fidelity"]["normalised"]["value"]
+    assert metrics["samples_mmd_segmenter"] == sections["realism"]["networks"]["segmenter"]["mmd"]["value"]
+    assert "samples_flagged_as_memorised" not in metrics  # that section was left out
+
+    (out / "evaluation.json").write_text(json.dumps({**told(out), "model": "another"}))
+    assert "evaluates another model" in refused(run_here(*words, "--to", tmp_path / "other"))
+    assert "holds no evaluation.json" in refused(run_here(*words[:-1], tmp_path, "--to", tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_no_two_samples_share_their_noise_and_all_are_marked(evaluated):
     sidecars = [json.loads(path.read_text()) for path in sorted((evaluated[0] / "samples").glob("*/*.json"))]
     assert sorted(sidecar["Seed"] for sidecar in sidecars) == [0, 1, 2, 3]

@@ -57,7 +57,8 @@ class Hub:
         self.calls.append(("create_repo", given))
 
     def upload_folder(self, repo_id, folder_path):
-        files = {path.name for path in Path(folder_path).rglob("*") if path.is_file()}
+        files = {path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()}
+        assert bundle_files.problems(Path(folder_path))["hashes"] == []
         self.calls.append(("upload_folder", repo_id, files))
         return f"https://hub.example/{repo_id}"
 
@@ -80,7 +81,8 @@ def test_a_bundle_is_pushed_privately_with_its_version_and_a_card(exported_bundl
     version = json.loads((exported_bundle / "configs" / "metadata.json").read_text())["version"]
     assert ("create_tag", {"repo_id": "ann/tiny", "tag": version, "exist_ok": True}) in hub.calls
     [(_, _, files)] = [call for call in hub.calls if call[0] == "upload_folder"]
-    assert {"model.pt", "README.md", "common.yaml"} <= files
+    assert {"models/model.pt", "README.md", "configs/common.yaml"} <= files
+    assert {"sample.png", "docs/sample.png"} <= files  # the card is at both places, and shows it by ./sample.png
     assert not (exported_bundle / "README.md").exists()  # which MONAI writes
 
 
