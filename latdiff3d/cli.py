@@ -168,17 +168,23 @@ def evaluate(
     usefulness: Annotated[bool, typer.Option("--usefulness", help="train nine segmenters, on samples too")] = False,
     gpus: Annotated[str | None, typer.Option(help="number of one GPU; default: the first, or the CPU")] = None,
 ) -> None:
-    """Measure a model: reconstruction, realism, diversity, mask fidelity, memorisation. What is there is kept."""
+    """Measure a model: reconstruction, realism, diversity, mask fidelity, memorisation. What is there is kept.
+
+    Exit code 3: some masks could not be used.
+    """
     import latdiff3d
     from latdiff3d import evaluation, evaluation_files
     from latdiff3d.config import parse_settings
 
     loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
-    evaluation.evaluate(
+    told = evaluation.evaluate(
         loaded, data, out, split, segmenter, weights or [], num_samples, num_training, seed, config or [], usefulness
     )
     files = evaluation_files
     print(f"{out / files.PAGE} shows it; {files.FIGURES} and {files.CARD} are beside it")
+    if told["num_left_out"]:
+        print(f"{told['num_left_out']} masks are left out; each is named above.", file=sys.stderr)
+        raise SystemExit(SOME_LEFT_OUT)
 
 
 @app.command()

@@ -246,6 +246,7 @@ def evaluate(
         "segmenter": checkpoints.sha256(checkpoints.find(place)) if place else None,
         "split": split,
         "num_cases": len(evidence.cases),
+        "num_left_out": evidence.num_left_out,
         "num_samples": num_samples,
         "num_training": len(evidence.training),
         "seed": seed,
@@ -353,6 +354,8 @@ def _lead(evidence: Evidence) -> str:
         if evidence.model.is_conditional
         else f"beside the real ones of {cases}"
     )
+    if evidence.num_left_out:
+        beside += f" ({evidence.num_left_out} more left out, whose masks cannot be used)"
     return (
         f"{len(evidence.jobs)} synthetic volumes, {beside} and {len(evidence.training)} training volumes, from seed "
         f"{evidence.seed}; intervals are of 95 %, by bootstrap over cases."

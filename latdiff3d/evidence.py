@@ -111,6 +111,7 @@ class Evidence:
         networks: whose features are compared.
         seed: of all that is drawn.
         given: what else decides the figures, such as the judge's hash.
+        num_left_out: cases of the split whose masks no volume can be made for.
     """
 
     folder: Path
@@ -125,6 +126,7 @@ class Evidence:
     networks: Sequence[FeatureNetwork]
     seed: int
     given: Mapping[str, Any] = field(default_factory=dict)
+    num_left_out: int = 0
 
     @classmethod
     def gathered(
@@ -160,7 +162,10 @@ class Evidence:
         volumes = folder / "volumes"
         reals, trained = RealVolumes(model, usable, volumes), RealVolumes(model, training, volumes)
         given = {"split": split, "networks": {network.name: network.sha256 for network in networks}}
-        return cls(folder, model, dataset_dir, usable, jobs, num_samples, reals, trained, judge, networks, seed, given)
+        return cls(
+            folder, model, dataset_dir, usable, jobs, num_samples, reals, trained, judge, networks, seed, given,
+            len(cases) - len(usable),
+        )  # fmt: skip
 
     @cached_property
     def all_training(self) -> RealVolumes:

@@ -197,6 +197,23 @@ def test_a_single_case_is_refused(tiny_runs, judge, tmp_path):
     assert "has 1 val case that can be used; expected 2 at least" in line
 
 
+def test_a_mask_that_cannot_be_used_is_named_its_case_left_out_and_the_exit_code_3(
+    tiny_runs, judge, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "SECTIONS", [])
+    data = write_phantoms(tmp_path / "data", 1, 3, (16, 16, 16))
+    masks = {file.name.partition("_seg")[0]: file for file in data.glob("*/*_seg.nii.gz")}
+    spoilt = masks[(data / "val.list").read_text().split()[0]]
+    image = nib.load(spoilt)
+    nib.save(nib.Nifti1Image(np.full(image.shape, 9, np.uint8), image.affine), spoilt)
+    out = tmp_path / "out"
+    words = ("evaluate", "--model", tiny_runs.diffusion, "--data", data, "--segmenter", judge, "--out", out)
+    ended = run_here(*words)
+    assert ended.code == 3 and spoilt.name in ended.err and "1 masks are left out" in ended.err
+    assert (told(out)["num_cases"], told(out)["num_left_out"]) == (2, 1)
+    assert "1 more left out" in (out / "model_card.md").read_text()
+
+
 def test_images_and_masks_on_other_grids_are_refused(tiny_runs, judge, tmp_path):
     data = shutil.copytree(tiny_runs.data, tmp_path / "data")
     path = data / "phantom_0004" / "phantom_0004_seg.nii.gz"
