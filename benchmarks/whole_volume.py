@@ -33,10 +33,11 @@ import numpy as np
 from fresh_process import in_fresh_process
 
 from latdiff3d import memory, runs, synthesizer
-from latdiff3d.cli import door, run_sampling
+from latdiff3d.cli import door
 from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.latent_windows import OVERLAP, LatentWindows
 from latdiff3d.phantoms import write_phantoms
+from latdiff3d.sampling_command import sample
 from latdiff3d.synthesis import Model, cases_of_split
 from latdiff3d.volumes import read_mask
 
@@ -152,7 +153,7 @@ def run_arm(
     layout: dict[str, Any] = {"windows": None, "tiles": None, "num_windows": 0, "num_tiles": 1}
     note(layout, OVERLAPS[arm])
     begun, used = time.perf_counter(), time.process_time()
-    run_sampling(
+    sample(
         run, Path(out), mask=Path(mask), num_samples=1, seed=seed, steps=steps, gpus=None, guidance=guidance,
         sampler=sampler, covariates=None, picture=True, gif=False, like=None, int16=False, label_map=None, whole=True,
         memory=memory,

@@ -6,7 +6,7 @@
 import argparse
 from pathlib import Path
 
-from latdiff3d.cli import door, run_sampling
+from latdiff3d.cli import door
 from latdiff3d.errors import InputError
 
 
@@ -34,7 +34,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.batch_size != 1:
         raise InputError(f"--batch_size is {given.batch_size}; volumes are made one by one: leave it out or give 1.")
-    run_sampling(
+    from latdiff3d.sampling_command import sample
+
+    sample(
         given.resume, given.out, mask=given.mask, num_samples=given.n_samples, seed=given.seed, steps=given.steps,
         gpus=given.gpus, guidance=given.guidance, sampler=given.sampler, covariates=given.covariate,
         picture=not given.no_pictures, gif=given.gif, like=given.like, int16=given.int16, label_map=given.label_map,

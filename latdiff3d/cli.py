@@ -1,7 +1,7 @@
 """What the user types: builds a list of configuration files and settings, nothing more."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-WHOLE_MEMORY = "6GB"  # for `sample --whole`
 
 
 class Stage(str, Enum):
@@ -73,7 +71,9 @@ def sample(
     int16: Annotated[bool, typer.Option("--int16", help="store int16 with a slope: half of float32")] = False,
 ) -> None:
     """Make synthetic volumes that lie on masks; what is there is kept. Exit code 3: some masks could not be used."""
-    run_sampling(
+    from latdiff3d.sampling_command import sample as make_samples
+
+    make_samples(
         model, out, mask=mask, data=data, split=split, num_samples=num_samples, seed=seed, steps=steps, grid=grid,
         gpus=gpus, guidance=guidance, sampler=sampler, settings=settings, covariates=covariate, picture=pictures,
         gif=gif, like=like, int16=int16, label_map=label_map, whole=whole, memory=memory,
@@ -105,6 +105,7 @@ def edit(
     from latdiff3d import edit_folders, preflight, sample_folders
     from latdiff3d.config import parse_settings
     from latdiff3d.covariates import parse_covariates
+    from latdiff3d.sampling_command import require_counts
 
     require_counts(num_samples, seed)
     known = parse_covariates(covariate or [])
@@ -348,73 +349,6 @@ def demo(
     from latdiff3d.demo import run_demo
 
     run_demo(data, out, config or [])
-
-
-def run_sampling(
-    model: str,
-    out: Path,
-    *,
-    mask: Path | None,
-    num_samples: int,
-    seed: int,
-    steps: int | None,
-    gpus: str | None,
-    guidance: float | None,
-    sampler: str | None,
-    covariates: Sequence[str] | None,
-    picture: bool,
-    gif: bool,
-    like: str | None,
-    int16: bool,
-    label_map: str | None,
-    data: Path | None = None,
-    split: str = "val",
-    grid: str = "mask",
-    settings: Sequence[str] | None = None,
-    whole: bool = False,
-    memory: str | None = None,
-) -> None:
-    """Sample as `latdiff3d sample` and `inference/sample.py` ask, and say where the volumes are.
-
-    What an earlier call has made in the same way is kept.
-
-    Raises:
-        InputError: for a user's mistake, and where no mask can be used.
-        SystemExit: with `SOME_LEFT_OUT`, after the others are done, where some masks cannot.
-    """
-    import latdiff3d
-    from latdiff3d import preflight, sample_folders
-    from latdiff3d.config import parse_settings
-    from latdiff3d.covariates import parse_covariates
-    from latdiff3d.memory import gigabytes
-    from latdiff3d.sampling_jobs import Request
-
-    require_counts(num_samples, seed)
-    if mask is not None and data is not None:
-        raise InputError("--mask and --data are both given; expected one of them.")
-    if memory is not None and not whole:
-        raise InputError(f"--memory is {memory!r}, which only whole volumes keep to; add --whole, or leave it out.")
-    memory_gb = gigabytes(memory or WHOLE_MEMORY)
-    request = Request(mask, data, split, num_samples, seed, grid, parse_covariates(covariates or []))
-    loaded = latdiff3d.load(model, steps, gpus, guidance, sampler, parse_settings(settings or []))
-    if label_map is not None:
-        loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
-    if whole:
-        loaded = loaded.for_whole_masks(memory_gb)
-    writing = sample_folders.Writing(picture, gif, sample_folders.reference_for(loaded, like), int16)
-    work = request.work(loaded, out, writing)
-    for _ in sample_folders.make(loaded, work.left, out):
-        pass
-    print(work.said(out))
-    if work.refused:
-        print(f"{len(work.refused)} of {work.num_masks} masks are left out; each is named above.", file=sys.stderr)
-        raise SystemExit(SOME_LEFT_OUT)
-
-
-def require_counts(num_samples: int, seed: int) -> None:
-    """Refuse numbers of volumes and seeds that are none, with an InputError."""
-    if num_samples < 1 or seed < 0:
-        raise InputError(f"{num_samples} volumes from seed {seed}; expected at least 1, from a seed of at least 0.")
 
 
 def door(program: Callable[[], Any]) -> None:

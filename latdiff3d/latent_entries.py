@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from latdiff3d import fingerprints
 from latdiff3d.codec import LatentCodec
+from latdiff3d.crop_windows import Box, foreground_box
 from latdiff3d.errors import InputError
-from latdiff3d.transforms import Box, foreground_box
 
 ABOUT = "entry.json"
 TORN_AFTER_S = 3600  # a folder older than that is not being written any more

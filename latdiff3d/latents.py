@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from latdiff3d.batches import PerItem
+from latdiff3d.crop_windows import centred_start, random_start
 from latdiff3d.latent_entries import Entry, Flip, all_flips
 from latdiff3d.layouts import Case
-from latdiff3d.transforms import centred_start, random_start
 
 # What the cache holds in place of a case's files.
 _ENCODED = ("image", "mask", "patient")

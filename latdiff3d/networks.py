@@ -10,8 +10,8 @@ from monai.networks.nets.autoencoderkl import AEKLDownsample
 from torch import nn
 
 from latdiff3d.cpu_convolutions import with_cpu_convolutions
+from latdiff3d.crop_windows import check_divisible
 from latdiff3d.errors import InputError
-from latdiff3d.transforms import check_divisible
 
 
 def downsampling(network: nn.Module) -> int:

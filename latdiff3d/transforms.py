@@ -5,21 +5,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, NdarrayOrTensor
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Flip, MapTransform, RandomizableTransform, SpatialCrop
-from monai.transforms.utils import generate_spatial_bounding_box
 from monai.utils import TransformBackends, convert_to_numpy, convert_to_tensor, ensure_tuple
 
 from latdiff3d.checks import grid_problem, voxel_problems
+from latdiff3d.crop_windows import Box, centred_start, foreground_box, random_start
 from latdiff3d.datalist import raise_first
 from latdiff3d.errors import InputError
 from latdiff3d.readers import CHANNEL_FILES, Header, file_label, read_volume
 
 # Outside a skull-stripped brain every voxel is the same; inside, no single value of a real scan comes near this share.
 BACKGROUND_FRACTION = 0.1
-
-Box = tuple[np.ndarray, np.ndarray]  # first and end voxel (exclusive) of a region, (3,) each
 
 _TORCH = [TransformBackends.TORCH]
 _NUMPY = [TransformBackends.NUMPY]
@@ -266,36 +264,6 @@ class RandFlipsd(RandomizableTransform, MapTransform):
         return d
 
 
-def foreground_box(image: NdarrayOrTensor) -> Box:
-    """Return first and end voxel (exclusive) of what is above 0 in any channel of `image` (C, D, H, W)."""
-    first, end = generate_spatial_bounding_box(image, allow_smaller=True)
-    return np.array(first), np.array(end)
-
-
-def centred_start(box: Box, roi_size: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Return where a window of `roi_size` around the middle of the foreground's `box` begins.
-
-    Args:
-        box: see `foreground_box`; in any unit that the others are in, voxels or latent cells.
-        roi_size: (3,), of the window.
-        size: (3,), of the volume, at least that.
-    """
-    lowest, highest = _range_of_starts(box, roi_size)
-    return np.clip((lowest + highest) // 2, 0, size - roi_size)
-
-
-def random_start(box: Box, roi_size: np.ndarray, size: np.ndarray, random_state: np.random.RandomState) -> np.ndarray:
-    """Return where a window inside the foreground's `box`, or around all of it, begins; see `centred_start`."""
-    ends = [np.clip(end, 0, size - roi_size) for end in _range_of_starts(box, roi_size)]
-    return np.array([random_state.randint(low, high + 1) for low, high in zip(*ends, strict=True)])
-
-
-def _range_of_starts(box: Box, roi_size: np.ndarray) -> np.ndarray:
-    """Return the window's first and last start per axis: inside the foreground's box, or all of the box inside."""
-    first, end = box
-    return np.sort([first, end - roi_size], axis=0)
-
-
 def foreground_range(channel: np.ndarray, lower: float, upper: float) -> tuple[float | None, float, float]:
     """Return the background's value, or None, and two percentiles of the other voxels.
 
@@ -310,20 +278,6 @@ def foreground_range(channel: np.ndarray, lower: float, upper: float) -> tuple[f
         return float(values[0]), float(values[0]), float(values[0])
     low, high = np.percentile(foreground, (lower, upper))
     return None if background is None else float(background), float(low), float(high)
-
-
-def check_divisible(crop_to: Sequence[int], factor: int, what: str) -> None:
-    """Raise an InputError that names the nearest size unless every size of `crop_to` is a multiple of `factor`.
-
-    Args:
-        crop_to: sizes in voxels.
-        factor: what the networks halve a volume by in all.
-        what: where the factor comes from, as "the autoencoder's 4 × the U-Net's 4".
-    """
-    if all(size > 0 and size % factor == 0 for size in crop_to):
-        return
-    nearest = [max(1, int(size / factor + 0.5)) * factor for size in crop_to]
-    raise InputError(f"crop_to {list(crop_to)} is not divisible by {factor} ({what}); the nearest that is: {nearest}.")
 
 
 def channel_names(image: Any, key: Hashable) -> list[str]:

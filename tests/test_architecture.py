@@ -11,7 +11,7 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
-    {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders", "evaluation"},
+    {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders", "evaluation"} | {"sampling_command"},
     {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs", "evidence", "usefulness"},
     {"sample_folders"},
     {"preflight", "importing", "realism", "memorisation"},
@@ -36,7 +36,7 @@ FLOORS = [
     {"intensities"},
     {"transforms", "doctor", "pretrained", "tiling", "stored_scans"},
     {"skipping", "provenance"},
-    {"checks", "norms", "batches", "loading"},
+    {"checks", "norms", "batches", "loading", "crop_windows"},
     {"readers"},
     {"datalist"},
     {"layouts", "phantoms"},

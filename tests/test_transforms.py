@@ -8,6 +8,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, Orientationd, SpatialPadd
 
 from latdiff3d import config
+from latdiff3d.crop_windows import check_divisible
 from latdiff3d.datalist import read_cases
 from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.transforms import (
@@ -18,7 +19,6 @@ from latdiff3d.transforms import (
     MarkValidd,
     RandForegroundCropd,
     ScaleForegroundd,
-    check_divisible,
     foreground_range,
 )
 
