@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -195,6 +196,20 @@ def test_a_single_case_is_refused(tiny_runs, judge, tmp_path):
     data = write_phantoms(tmp_path / "data", 2, 1, (16, 16, 16))
     line = line_of(tiny_runs, judge, tmp_path / "out", data=data)
     assert "has 1 val case that can be used; expected 2 at least" in line
+
+
+def test_segmenters_that_were_trained_on_another_models_samples_are_not_gone_on_with(monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setattr(evaluation.usefulness, "make_synthetic", lambda model, cases, out, seed: out)
+    monkeypatch.setattr(evaluation.usefulness, "measure", lambda out, *others: folders.append(out) or ({}, {}))
+    evidence = SimpleNamespace(
+        model=None, folder=tmp_path, given={"split": "val"}, seed=0, cases=[], reals=[],
+        all_training=SimpleNamespace(cases=[]),
+    )  # fmt: skip
+    for key in ("one", "other", "one"):
+        evidence.key = key
+        evaluation._usefulness_of("judge")(evidence)
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_a_mask_that_cannot_be_used_is_named_its_case_left_out_and_the_exit_code_3(
