@@ -11,8 +11,8 @@ Models are audited as `latdiff3d evaluate` does it, on `-n` samples for each val
 
 Of planted copies of training volumes all should be found in both. The segmenter is trained where none is given. A run
 that is there is not trained again; the overfitted one's stage 2 may be of another kind, as `--diffusion-config
-configs/flow.yaml`. `--short` trains for an epoch, which shows that all of it runs, and no more. The
-last line is a JSON object.
+configs/unconditional.yaml configs/flow.yaml --diffusion-settings denoiser_def.channels=[32,64,128]`. `--short` trains
+for an epoch, which shows that all of it runs, and no more. The last line is a JSON object.
 """
 
 import argparse
@@ -49,6 +49,7 @@ def main() -> None:
         "--config", nargs="+", default=[str(config.CONFIG_FOLDER / "hippocampus.yaml")], help="overlays"
     )
     parser.add_argument("--diffusion-config", nargs="+", default=[], help="overlays of stage 2, behind those")
+    parser.add_argument("--diffusion-settings", nargs="+", default=[], help="key=value of stage 2")
     parser.add_argument("-n", type=int, default=1, help="samples for each mask")
     parser.add_argument("--short", action="store_true", help="train for an epoch")
     given = parser.parse_args()
@@ -82,8 +83,8 @@ def trained(given: argparse.Namespace, stage: str, **settings: Any) -> Path:
     if not (run / checkpoints.FOLDER / "best.pt").is_file():
         steps = {**STEPS[stage], "max_epochs": 1} if given.short else STEPS[stage]
         named = {"dataset_dir": given.data, "run_dir": str(run), "val_interval": steps["max_epochs"]}
-        overlays = [*given.config, *(given.diffusion_config if stage == "diffusion" else [])]
-        runs.start(overlays, [], {**named, **steps, **settings}, stage)
+        overlays, words = (given.diffusion_config, given.diffusion_settings) if stage == "diffusion" else ([], [])
+        runs.start([*given.config, *overlays], words, {**named, **steps, **settings}, stage)
     return run
 
 
