@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from latdiff3d.cli import door
 from latdiff3d.config import as_yaml, read_yaml
+from latdiff3d.errors import InputError
 
 COLUMNS = ("files", "lines", "`$` expressions", "with a lambda", "the longest", "settings repeated")
 
@@ -33,7 +35,9 @@ def main() -> None:
 
 def counted(folder: Path) -> tuple[int, ...]:
     """Return a folder's figures, in the order of `COLUMNS`."""
-    files = [file for file in sorted(folder.iterdir()) if is_configuration(file)]
+    files = [file for file in sorted(folder.glob("*")) if is_configuration(file)]
+    if not files:
+        raise InputError(f"{folder} holds no configuration; expected a bundle's configs folder.")
     configs = [json.loads(file.read_text()) if file.suffix == ".json" else read_yaml(file) for file in files]
     settings = [list(leaves(config)) for config in configs]
     expressions = [
@@ -71,4 +75,4 @@ def leaves(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 if __name__ == "__main__":
-    main()
+    door(main)

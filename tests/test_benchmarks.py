@@ -107,6 +107,8 @@ def test_configuration_is_counted_and_links_count_where_they_lead(tmp_path):
     (configs / "c.yaml").symlink_to("a.yaml")
     figures = last_line(run_process("benchmarks/configuration.py", configs))
     assert list(figures["one"].values()) == [2, 7, 2, 1, 12, 1]
+    ended = run_process("benchmarks/configuration.py", tmp_path)
+    assert ended.code == 2 and "holds no configuration" in ended.err
 
 
 def test_a_whole_volume_is_made_in_a_process_of_its_own_and_its_borders_looked_at(tiny_runs):
