@@ -6,8 +6,8 @@ Models are audited as `latdiff3d evaluate` does it, on `-n` samples for each val
 
 - `overfitted`: trained here, in `--run`, on five training cases spread over the split, until it knows them by heart.
   The audit should flag nearly all of its samples.
-- `all`: that of `--all`, trained before on the whole split, as docs/hippocampus.md does. About as many of its samples
-  should be flagged as of the real validation volumes. Left out where there is none.
+- `all`: that of `--all`, trained before on the whole split, as docs/benchmarks/hippocampus.md does. About as many of
+  its samples should be flagged as of the real validation volumes. Left out where there is none.
 
 Of planted copies of training volumes all should be found in both. The segmenter is trained where none is given. A run
 that is there is not trained again; the overfitted one's stage 2 may be of another kind, as `--diffusion-config

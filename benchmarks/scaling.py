@@ -3,11 +3,11 @@
     python benchmarks/scaling.py [--short] [--alternatives] [--config configs/hippocampus.yaml] [--gpu-step-s 0.05]
 
 Steps of the configuration's `train::step` on random batches in float32 on the CPU, each process with `--threads` of its
-own: stage 2's U-Net, and stage 1 with the discriminator active, as docs/hippocampus.md trains them. In turn, blocks of
-steps of one process alone, of two independent ones side by side, and of two ranks that train together, each after a
-step that does not count, for an idle process's memory grows cold; medians of five rounds, of two with --short. What two
-independent ones reach together is the host's ceiling: cores share their memory and clock. `share_2_if_waiting` is what
-is left of it where the same two, in each step, wait for the slower, as ranks have to.
+own: stage 2's U-Net, and stage 1 with the discriminator active, as docs/benchmarks/hippocampus.md trains them. In turn,
+blocks of steps of one process alone, of two independent ones side by side, and of two ranks that train together, each
+after a step that does not count, for an idle process's memory grows cold; medians of five rounds, of two with --short.
+What two independent ones reach together is the host's ceiling: cores share their memory and clock.
+`share_2_if_waiting` is what is left of it where the same two, in each step, wait for the slower, as ranks have to.
 
 Beside that: the bytes and messages of a step, counted in the collectives and on the loopback, and the time of the
 all-reduce alone. --alternatives compares our update with PyTorch's other ways, see sharding.py. The table for many GPUs
@@ -96,7 +96,7 @@ class Worker:
 
 
 def recipe(stage: str) -> list[Any]:
-    """Return the overlays that docs/hippocampus.md trains a stage with."""
+    """Return the overlays that docs/benchmarks/hippocampus.md trains a stage with."""
     return [CONFIG_FOLDER / "hippocampus.yaml", CONFIG_FOLDER / f"hippocampus_{stage}.yaml"]
 
 
