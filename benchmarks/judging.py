@@ -13,7 +13,8 @@ from torch import nn
 from latdiff3d import checkpoints, runs
 from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.errors import InputError
-from latdiff3d.evidence import judge_of, real_volume
+from latdiff3d.evidence import judge_of
+from latdiff3d.real_volumes import real_volume
 from latdiff3d.segmentation import encoder_features
 from latdiff3d.synthesis import Model, cases_of_split
 
@@ -94,7 +95,7 @@ def train_missing(given: argparse.Namespace, judge_run: str) -> None:
 def real_volumes(
     model: Model, cases: Sequence[dict[str, Any]]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Return the cases' volumes (C, D, H, W), masks and own voxels (1, D, H, W), see `evidence.real_volume`."""
+    """Return the cases' volumes (C, D, H, W), masks and own voxels (1, D, H, W), see `real_volumes.real_volume`."""
     found = [real_volume(model, case) for case in cases]
     volumes, own = [torch.as_tensor(real.image) for real in found], [torch.as_tensor(real.own) for real in found]
     return volumes, [torch.as_tensor(real.mask) for real in found], own

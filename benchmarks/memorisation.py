@@ -25,8 +25,9 @@ from latdiff3d.cli import door
 from latdiff3d.errors import InputError
 from latdiff3d.evaluation import memorisation_of
 from latdiff3d.evaluation_files import LEFT_OUT
-from latdiff3d.evidence import Evidence, judge_of, spread
+from latdiff3d.evidence import Evidence, judge_of
 from latdiff3d.memorisation import ANY, sentence
+from latdiff3d.real_volumes import spread
 from latdiff3d.synthesis import Model
 
 NUM_CASES = 5  # that are learnt by heart

@@ -1,7 +1,7 @@
 """What `latdiff3d evaluate` writes, and how an exported bundle takes it in."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,7 @@ from latdiff3d.errors import InputError
 
 PAGE, FIGURES, CARD = "evaluation.html", "evaluation.json", "model_card.md"
 LEFT_OUT = "left_out"  # the one figure of a section that was not measured: why
-MEMORISATION = "memorisation"  # the section
-# What of the sections a bundle's metadata take in, by the name that it has there.
-TAKEN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "samples_mmd_segmenter": lambda sections: sections["realism"]["networks"]["segmenter"]["mmd"]["value"],
-    "samples_spectrum_ratio": lambda sections: sections["realism"]["spectrum"]["ratio"],
-    "samples_mask_fidelity": lambda sections: sections["mask_fidelity"]["normalised"]["value"],
-    "samples_flagged_as_memorised": lambda sections: sections[MEMORISATION]["any"]["share"],
-    "held_out_flagged_as_memorised": lambda sections: sections[MEMORISATION]["any"]["held_out_share"],
-}
+MEMORISATION, JUDGE = "memorisation", "segmenter"  # the section; the network that the judge is among realism's
 
 
 @dataclass(frozen=True)
@@ -35,20 +27,22 @@ class Evaluated:
 
     def figures(self) -> dict[str, float]:
         """Return those that lead, by name; what was not measured is left out."""
-        found: dict[str, float] = {}
-        for name, take in TAKEN.items():
-            try:
-                value = take(self.sections)
-            except KeyError:  # a section that was left out, or a network that was not given
-                continue
-            if value is not None:
-                found[name] = value
-        return found
+        realism, of_masks = self.sections["realism"], self.sections["mask_fidelity"]
+        found = {"samples_spectrum_ratio": realism["spectrum"]["ratio"]}
+        if JUDGE in realism["networks"]:  # not for a model without masks, unless one was named
+            found["samples_mmd_segmenter"] = realism["networks"][JUDGE]["mmd"]["value"]
+        if LEFT_OUT not in of_masks:
+            found["samples_mask_fidelity"] = of_masks["normalised"]["value"]
+        if self.says_of_memorisation:
+            flagged = self.sections[MEMORISATION]["any"]
+            found["samples_flagged_as_memorised"] = flagged["share"]
+            found["held_out_flagged_as_memorised"] = flagged["held_out_share"]
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def says_of_memorisation(self) -> bool:
         """Say whether memorisation was measured."""
-        return LEFT_OUT not in self.sections.get(MEMORISATION, {LEFT_OUT: ""})
+        return LEFT_OUT not in self.sections[MEMORISATION]
 
 
 def read(folder: str | Path, model_sha256: str) -> Evaluated:
@@ -59,7 +53,7 @@ def read(folder: str | Path, model_sha256: str) -> Evaluated:
         model_sha256: of the checkpoint that it must be of.
 
     Raises:
-        InputError: no evaluation there, or one of another model.
+        InputError: no evaluation there, one of another model, or one on its training cases, which flatters it.
     """
     place = Path(folder)
     try:
@@ -70,4 +64,6 @@ def read(folder: str | Path, model_sha256: str) -> Evaluated:
         ) from None
     if told.get("model") != model_sha256:
         raise InputError(f"{place} evaluates another model; run latdiff3d evaluate for the one that is exported.")
+    if told["split"] == "train":
+        raise InputError(f"{place} evaluates on training cases; run latdiff3d evaluate with --split val or test.")
     return Evaluated(told["sections"], paragraph.strip())

@@ -10,17 +10,14 @@ from, and found there by the next run:
 
 import io
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.transforms import Compose, SpatialPad, SpatialPadd
 from torch import nn
 
 from latdiff3d import __version__, checkpoints, fingerprints, preflight, sample_folders, whole_files
@@ -28,70 +25,17 @@ from latdiff3d.checks import require_sound_headers
 from latdiff3d.errors import InputError
 from latdiff3d.features import FeatureNetwork, FeatureSets
 from latdiff3d.handlers import progress_bar
-from latdiff3d.layouts import files_of
+from latdiff3d.real_volumes import RealVolumes
 from latdiff3d.sample_folders import Job, Writing
 from latdiff3d.segmentation import load_judge
 from latdiff3d.synthesis import Model, cases_of_split, known_of
-from latdiff3d.transforms import ForegroundCropd, MarkValidd
-from latdiff3d.volumes import median_spacing_mm, place_mask
+from latdiff3d.volumes import median_spacing_mm
 
 # What a model and the segmenter that judges it must share; of a model without masks, what concerns the images alone.
 SETTINGS = ("modalities", "labels", "mask_mode", "spacing", "intensity_percentiles")
 IMAGE_SETTINGS = ("modalities", "spacing", "intensity_percentiles")
 MIN_CASES = 2  # a figure of one case has no spread, and no other case to compare it with
-STEPS = 65535  # of stored intensities: a step costs a volume nothing below 100 dB
-FORMAT = 1  # raised when the meaning of what is stored changes
-
-
-@dataclass(frozen=True)
-class RealVolume:
-    """A real volume as the model sees it.
-
-    Attributes:
-        name: of its case.
-        image: (C, D, H, W) in [0, 1], cut around its mask as a sample for that mask is; around its foreground, of a
-            model without masks.
-        mask: (1, D, H, W), classes 0 … K − 1; None of a model without masks.
-        own: (1, D, H, W), 1 on the volume's own voxels, 0 on padding.
-        spacing_mm: of its voxels, (3,).
-    """
-
-    name: str
-    image: np.ndarray
-    mask: np.ndarray | None
-    own: np.ndarray
-    spacing_mm: np.ndarray
-
-
-class RealVolumes(Sequence[RealVolume]):
-    """Real volumes, each read and preprocessed when it is first asked for, and then from the folder's file of it.
-
-    Attributes:
-        keys: of each, a hash of its files and of what is done with them.
-    """
-
-    def __init__(self, model: Model, cases: Sequence[Mapping[str, Any]], folder: Path) -> None:
-        self.model, self.cases, self.folder = model, cases, folder
-        how = [FORMAT, fingerprints.of_transforms(model.preprocessing), model.crop_to, model.is_conditional]
-        self.keys = [
-            fingerprints.of([how, [fingerprints.of_volume(file) for file in files_of(dict(case))]])
-            for case in progress_bar(cases, desc="looking for changes", unit="case", leave=False)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.cases)
-
-    @overload
-    def __getitem__(self, index: int) -> RealVolume: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[RealVolume]: ...
-    def __getitem__(self, index: int | slice) -> RealVolume | list[RealVolume]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        path, case = self.folder / f"{self.keys[index]}.npz", self.cases[index]
-        if not _is_whole(path):
-            _store(path, real_volume(self.model, case))
-        return _stored(path, _name(case))
+FORMAT = 1  # raised when the meaning of stored features changes
 
 
 @dataclass
@@ -106,7 +50,8 @@ class Evidence:
         jobs: the volumes that are to be made, S for each case, a case's one after the other.
         num_samples: S.
         reals: the cases' real volumes.
-        training: real volumes of the training split, at most as many as were asked for, spread evenly over it.
+        all_training: real volumes of the training split.
+        training: of them at most as many as were asked for, spread evenly over it; none where the split is train.
         judge: the segmenter that measures, on the model's device, or None.
         networks: whose features are compared.
         seed: of all that is drawn.
@@ -121,6 +66,7 @@ class Evidence:
     jobs: Sequence[Job]
     num_samples: int
     reals: RealVolumes
+    all_training: RealVolumes
     training: RealVolumes
     judge: nn.Module | None
     networks: Sequence[FeatureNetwork]
@@ -149,9 +95,8 @@ class Evidence:
             InputError: another split, fewer than `MIN_CASES` cases, or cases that do not go together or with the model.
         """
         cases = cases_of_split(model, dataset_dir, split)
-        training = list(model.config.get_parsed_content("splits").get("train", [])) if split != "train" else []
-        training = spread(training, num_training)
-        require_sound_headers([*cases, *training], len(model.modalities))
+        train = list(model.config.get_parsed_content("splits").get("train", []))
+        require_sound_headers([*cases, *train], len(model.modalities))
         _require_spacing(model, cases, dataset_dir)
         jobs, usable = _jobs_of(model, cases, num_samples, seed)
         if len(usable) < MIN_CASES:
@@ -160,18 +105,13 @@ class Evidence:
                 "figures are means over cases beside their spread."
             )
         volumes = folder / "volumes"
-        reals, trained = RealVolumes(model, usable, volumes), RealVolumes(model, training, volumes)
+        reals, all_training = RealVolumes(model, usable, volumes), RealVolumes(model, train, volumes)
+        training = all_training.spread(num_training if split != "train" else 0)
         given = {"split": split, "networks": {network.name: network.sha256 for network in networks}}
         return cls(
-            folder, model, dataset_dir, usable, jobs, num_samples, reals, trained, judge, networks, seed, given,
-            len(cases) - len(usable),
+            folder, model, dataset_dir, usable, jobs, num_samples, reals, all_training, training, judge, networks, seed,
+            given, len(cases) - len(usable),
         )  # fmt: skip
-
-    @cached_property
-    def all_training(self) -> RealVolumes:
-        """Return the real volumes of the whole training split, however many were asked for."""
-        cases = self.model.config.get_parsed_content("splits").get("train", [])
-        return RealVolumes(self.model, cases, self.folder / "volumes")
 
     @cached_property
     def key(self) -> str:
@@ -250,37 +190,6 @@ def judge_of(model: Model, place: str | Path) -> nn.Module:
     return judge.to(model.synthesizer.device)
 
 
-def real_volume(model: Model, case: Mapping[str, Any]) -> RealVolume:
-    """Return a case's volume as the model sees it: read, preprocessed, padded as in training and cut.
-
-    Raises:
-        InputError: a case that cannot be read, or whose image and mask do not go together.
-    """
-    name = _name(case)
-    if not model.is_conditional:
-        transforms = [
-            *model.preprocessing.transforms,
-            MarkValidd(),
-            SpatialPadd("image", model.crop_to, mode="edge"),
-            SpatialPadd("valid", model.crop_to),
-            ForegroundCropd(["image", "valid"], "image", model.crop_to),
-        ]
-        item = Compose(transforms)({"image": case["image"]})
-        spacing_mm = np.linalg.norm(np.asarray(item["image"].affine)[:3, :3], axis=0)
-        return RealVolume(name, _array(item["image"]), None, _array(item["valid"]), spacing_mm)
-    item = model.preprocessing({"image": case["image"], "mask": case["mask"]})
-    grid = place_mask(case["mask"], item["mask"], model.preprocessing, model.crop_to)
-    image = grid.crop(SpatialPad(model.crop_to, mode="edge")(item["image"]))
-    own = grid.crop(grid.pad(torch.ones_like(item["image"][:1])))
-    spacing_mm = np.linalg.norm(np.asarray(grid.mask.affine)[:3, :3], axis=0)
-    return RealVolume(name, _array(image), _array(grid.mask), _array(own), spacing_mm)
-
-
-def spread(things: Sequence[Any], number: int) -> list[Any]:
-    """Return at most `number` of several things, evenly spread, from the first to the last."""
-    return [things[k] for k in sorted({round(k) for k in np.linspace(0, len(things) - 1, min(len(things), number))})]
-
-
 def _jobs_of(
     model: Model, cases: Sequence[Mapping[str, Any]], num_samples: int, seed: int
 ) -> tuple[list[Job], list[Mapping[str, Any]]]:
@@ -309,35 +218,3 @@ def _require_spacing(model: Model, cases: Sequence[Mapping[str, Any]], dataset_d
         return
     if unseen := preflight.unseen_spacing(model, np.array(median_spacing_mm(cases))):
         raise InputError(f"{dataset_dir} {unseen} and does not resample. Resample the data, or evaluate on its own.")
-
-
-def _store(path: Path, real: RealVolume) -> None:
-    image = np.round(real.image * STEPS).astype(np.uint16)
-    mask = np.zeros(0) if real.mask is None else real.mask
-    buffer = io.BytesIO()
-    np.savez(buffer, image=image, mask=mask.astype(np.uint8), own=real.own.astype(np.uint8), spacing_mm=real.spacing_mm)
-    whole_files.write(path, buffer.getvalue())
-
-
-def _stored(path: Path, name: str) -> RealVolume:
-    with np.load(path) as arrays:
-        image = arrays["image"].astype(np.float32) / STEPS
-        mask = arrays["mask"] if arrays["mask"].size else None
-        return RealVolume(name, image, mask, arrays["own"], arrays["spacing_mm"])
-
-
-def _is_whole(path: Path) -> bool:
-    """Say whether a file of arrays is there, its checksums right."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def _name(case: Mapping[str, Any]) -> str:
-    return Path(str(case["case"])).name
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return np.asarray(torch.as_tensor(tensor).as_subclass(torch.Tensor), dtype=np.float32)

@@ -14,6 +14,7 @@ from latdiff3d.synthesis import Model
 from latdiff3d.volumes import labels_of
 
 CURVES, SAMPLE = "training.png", "sample"
+BUT = "; figures of samples and held-out volumes are of the cases that the paragraph below names"
 MEASURED = "what was found of that stands under Performance, and is no proof of privacy"
 NOT_MEASURED = "whether they do has not been measured here"
 
@@ -42,7 +43,7 @@ average of those trained in {epochs} epochs, {iterations} steps.
 {curves}
 ## Performance
 
-On the validation cases of the run, not on a test set:
+On the validation cases of the run, not on a test set{but}:
 
 {figures}
 {evaluation}
@@ -139,6 +140,7 @@ def write(
         "iterations": training["iteration"],
         "curves": f"![losses by epoch](./{CURVES})\n" if has_curves else "",
         "figures": _table(metadata["eval_metrics"]),
+        "but": "" if evaluated is None else BUT,
         "evaluation": "" if evaluated is None else f"\n{evaluated.paragraph}\n",
         "memorisation": MEASURED if evaluated is not None and evaluated.says_of_memorisation else NOT_MEASURED,
         "mask_option": "--mask MASK.nii.gz " if model.is_conditional else "",

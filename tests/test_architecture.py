@@ -14,7 +14,7 @@ FLOORS = [
     {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders", "evaluation"} | {"sampling_command"},
     {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs", "evidence", "usefulness"},
     {"sample_folders"},
-    {"preflight", "importing", "realism", "memorisation"},
+    {"preflight", "importing", "realism", "memorisation", "real_volumes"},
     {"synthesis", "runs", "reconstruction", "compvis_configs", "features", "copy_search"},
     {"checkpointing", "compvis_diffusion", "editing"},
     {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},

@@ -14,7 +14,7 @@ import yaml
 from conftest import TINY, refused, run_here, train_here
 from monai.networks.nets import ResNetFeatures
 
-from latdiff3d import checkpoints, evaluation, evidence
+from latdiff3d import checkpoints, evaluation, evaluation_files, evidence, fingerprints, real_volumes
 from latdiff3d.phantoms import write_phantoms
 from latdiff3d.segmentation import teacher_note
 from latdiff3d.synthesis import Model
@@ -89,8 +89,15 @@ def test_an_exported_bundle_takes_the_evaluation_of_its_model_in_and_of_no_other
     assert metrics["samples_mmd_segmenter"] == sections["realism"]["networks"]["segmenter"]["mmd"]["value"]
     assert "samples_flagged_as_memorised" not in metrics  # that section was left out
 
-    (out / "evaluation.json").write_text(json.dumps({**told(out), "model": "another"}))
-    assert "evaluates another model" in refused(run_here(*words, "--to", tmp_path / "other"))
+    whole = told(out)
+    sections["memorisation"] = {"any": {"share": 0.25, "held_out_share": 0.05}}
+    (out / "evaluation.json").write_text(json.dumps({**whole, "sections": sections}))
+    audited = evaluation_files.read(out, whole["model"])
+    assert audited.says_of_memorisation and audited.figures()["samples_flagged_as_memorised"] == 0.25
+    assert audited.figures()["held_out_flagged_as_memorised"] == 0.05
+    for key, value, said in (("model", "x", "evaluates another model"), ("split", "train", "on training cases")):
+        (out / "evaluation.json").write_text(json.dumps({**whole, key: value}))
+        assert said in refused(run_here(*words, "--to", tmp_path / "other"))
     assert "holds no evaluation.json" in refused(run_here(*words[:-1], tmp_path, "--to", tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
@@ -105,7 +112,7 @@ def test_a_second_call_makes_nothing_and_says_the_same(evaluated, words, tmp_pat
     out = shutil.copytree(evaluated[0], tmp_path / "out")
     before, said = times(out), {name: (out / name).read_bytes() for name in WRITTEN}
     monkeypatch.setattr(Model, "sample", None)
-    monkeypatch.setattr(evidence, "real_volume", None)
+    monkeypatch.setattr(real_volumes, "real_volume", None)
     ended = run_here(*words, "--out", out)
     assert ended.code == 0, ended.err
     assert times(out) == before
@@ -281,21 +288,25 @@ def test_a_wrong_option_is_one_line(tiny_runs, judge, tmp_path, replaced, words)
 
 def test_a_real_volume_lies_where_a_sample_for_its_mask_does(model, phantoms):
     [case] = [case for case in evidence.cases_of_split(model, phantoms, "val") if case["case"].endswith("0004")]
-    real = evidence.real_volume(model, case)
+    real = real_volumes.real_volume(model, case)
     grid = model.grid_of(case["mask"])
     assert np.array_equal(real.mask, np.asarray(grid.mask)) and real.image.shape == (4, 16, 16, 16)
     assert real.own.all() and real.image.min() >= 0 and real.image.max() <= 1
     small = replace(model, crop_to=[16, 20, 16])
-    padded = evidence.real_volume(small, case)
+    padded = real_volumes.real_volume(small, case)
     assert padded.own.sum() == 16**3 and padded.image.shape == (4, 16, 20, 16)
 
 
 def test_cases_are_spread_evenly():
-    assert evidence.spread(range(10), 4) == [0, 3, 6, 9]
-    assert evidence.spread(range(3), 5) == [0, 1, 2] and evidence.spread([], 5) == []
+    assert real_volumes.spread(range(10), 4) == [0, 3, 6, 9]
+    assert real_volumes.spread(range(3), 5) == [0, 1, 2] and real_volumes.spread([], 5) == []
 
 
-def test_a_training_volume_that_no_figure_but_the_audit_looks_at_counts_for_what_is_kept(tiny_runs, tmp_path):
+def test_a_training_volume_that_no_figure_but_the_audit_looks_at_counts_for_what_is_kept(
+    tiny_runs, tmp_path, monkeypatch
+):
+    looked_at, of_volume = [], fingerprints.of_volume
+    monkeypatch.setattr(fingerprints, "of_volume", lambda file: looked_at.append(file) or of_volume(file))
     data = shutil.copytree(tiny_runs.data, tmp_path / "data")
 
     def gathered():
@@ -304,6 +315,8 @@ def test_a_training_volume_that_no_figure_but_the_audit_looks_at_counts_for_what
 
     before = gathered()
     key = before.key
+    images = [file for file in looked_at if "_seg" not in file]
+    assert len(images) == len(set(images)) == 6 * 4  # each once
     assert len(before.training) == 1 < len(before.all_training)
     changed = Path(before.all_training.cases[-1]["image"][0])
     image = nib.load(changed)

@@ -10,7 +10,7 @@ from conftest import run_here, train_here
 from latdiff3d import checkpoints, evaluation, runs, usefulness
 from latdiff3d.bootstrap import crossed_interval
 from latdiff3d.errors import InputError
-from latdiff3d.evidence import real_volume
+from latdiff3d.real_volumes import real_volume
 from latdiff3d.synthesis import Model, cases_of_split
 from latdiff3d.usefulness import ARMS, make_synthetic, measure, render, sentence, summary
 
