@@ -223,7 +223,8 @@ class _Trial:
         )
         if ended.returncode == 0:
             return Check(name, OK), ended
-        by_a_rank = ended.stderr.partition(TORCHRUNS_REPORT)[0].rpartition("\n")[0]
+        before, report, _ = ended.stderr.partition(TORCHRUNS_REPORT)
+        by_a_rank = before.rpartition("\n")[0] if report else ""
         said = _last_line(by_a_rank or ended.stderr) or _last_line(ended.stdout) or f"exit code {ended.returncode}"
         return Check(name, FAILED, said), ended
 

@@ -133,13 +133,20 @@ def test_another_interpreter_makes_the_checks_and_runs_are_on_one_process_and_on
     assert {f"training diffusion goes on{on}" for on in ("", ", 2 processes")} <= found.keys()
 
 
-def test_what_a_rank_says_is_told_rather_than_torchruns_report_of_it(bundle, tmp_path):
+@pytest.mark.parametrize(
+    "report",
+    [
+        "\nE1 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)\nmonai.bundle FAILED\n=====\n",
+        "",  # of a process alone, whose last line has no end
+    ],
+    ids=["a rank", "alone"],
+)
+def test_what_a_process_says_is_told_rather_than_torchruns_report_of_it(bundle, tmp_path, report):
     python = tmp_path / "python"
-    report = "E1 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)\nmonai.bundle FAILED\n====="
-    python.write_text(f'#!/bin/sh\necho "InputError: no room" >&2\necho "{report}" >&2\nexit 1\n')
+    python.write_text(f'#!/bin/sh\nprintf "Traceback\\nInputError: no room{report}" >&2\nexit 1\n')
     python.chmod(0o755)
     said = {check.name: check.said for check in verify(bundle, python=python, num_processes=2)}
-    assert said["training diffusion, 2 processes"] == "InputError: no room"
+    assert said["training diffusion, 2 processes"] == said["training diffusion"] == "InputError: no room"
 
 
 def test_each_rank_has_a_case_of_training_and_one_of_validation(bundle, tmp_path):
