@@ -15,9 +15,9 @@ stage for its minutes of its own clock, and imports the weights by `latdiff3d im
   32; its channels (128, 256, 512) halved, which are ours. The published one knows no masks: here they are concatenated
   as numbers, label / (K − 1), as CompVis-style models have them.
 
-A stage whose weights are in `--run` is not trained again; one that was interrupted goes on with its clock, its weights
-and its optimisers. Sampling is that of the recipe, 50 steps of DDIM, with ours' right times. The last line is a JSON
-object.
+A stage that has had its minutes in `--run` is not trained again; one that was interrupted goes on with its clock, its
+weights and its optimisers. Sampling is that of the recipe, 50 steps of DDIM, with ours' right times. The last line is a
+JSON object.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Recipe(Protocol):
         """Make one update and return its loss."""
 
     def stateful(self) -> dict[str, Any]:
-        """Return what a stopped training needs, by name; first the network."""
+        """Return what a stopped training needs, by name; the network is `network`."""
 
 
 class AutoencoderRecipe:
@@ -183,26 +183,29 @@ def main() -> None:
             leftover.unlink(missing_ok=True)
         groups = {"autoencoder_def.norm_num_groups": NORM_NUM_GROUPS}
         of_data = {key: value for key, value in read_yaml(given.config).items() if not key.startswith(OF_NETWORKS)}
-        import_weights(weights_of(given.run, "autoencoder"), stage_1, [], {**of_data, **groups}, scale_factor)
+        import_weights(state_of(given.run, "autoencoder"), stage_1, [], {**of_data, **groups}, scale_factor)
         settings = {
             **of_data, "dataset_dir": given.data, "first_stage": str(stage_1),
             "denoiser_def.num_head_channels": HEAD_CHANNELS, "conditioning": "scalar" if has_masks else "none",
             "condition_dropout": 0, "sampler": "ddim", "sampling_steps": 50, "precision": "fp32",
         }  # fmt: skip
-        import_weights(weights_of(given.run, "denoiser"), model, [], settings)
+        import_weights(state_of(given.run, "denoiser"), model, [], settings)
     print(f"{model} is the recipe's model. Next: latdiff3d evaluate --model {model} --data {given.data}")
     print(json.dumps({"minutes": given.minutes, "steps": steps, "scale_factor": round(scale_factor, 4)}))
 
 
 def trained(recipe: Recipe, stage: str, data: ConfigParser, minutes: float, folder: Path) -> int:
     """Train a stage until it has had its minutes, from where it stopped; return how many updates it made."""
-    objects, state = recipe.stateful(), folder / f"{stage}_state.pt"
+    objects, state = recipe.stateful(), state_of(folder, stage)
     spent, num_steps = 0.0, 0
     if state.is_file():
         content = checkpoints.load(state, stage)
+        if content["minutes"] != minutes:
+            raise InputError(f"{state} is of {content['minutes']:g} minutes; give another --run, or those minutes.")
         spent, num_steps = content["spent"], content["num_steps"]
+        states = {**content["objects"], "network": content["state_dict"]}
         for name, thing in objects.items():
-            thing.load_state_dict(content["objects"][name])
+            thing.load_state_dict(states[name])
     batches, kept = endless(data, BATCH_SIZES[stage], num_steps), spent
     with progress_bar(total=round(60 * minutes), initial=round(spent), desc=stage, unit="s") as bar:
         while spent < 60 * minutes or num_steps == 0:
@@ -213,16 +216,15 @@ def trained(recipe: Recipe, stage: str, data: ConfigParser, minutes: float, fold
             bar.update(round(spent) - bar.n)
             if spent - kept > KEPT_EVERY_S or spent >= 60 * minutes:
                 states = {name: thing.state_dict() for name, thing in objects.items()}
-                checkpoints.save(state, {"stage": stage, "spent": spent, "num_steps": num_steps, "objects": states})
+                content = {"stage": stage, "minutes": minutes, "spent": spent, "num_steps": num_steps}
+                checkpoints.save(state, {**content, "state_dict": states.pop("network"), "objects": states})
                 kept = spent
-    if not weights_of(folder, stage).is_file():
-        torch.save(objects["network"].state_dict(), weights_of(folder, stage))
     return num_steps
 
 
-def weights_of(folder: Path, stage: str) -> Path:
-    """Return where a stage's weights are, as MONAI's programs save them."""
-    return folder / f"{stage}_weights.pt"
+def state_of(folder: Path, stage: str) -> Path:
+    """Return where a stage's training stands, its weights under "state_dict", as the import takes them."""
+    return folder / f"{stage}_state.pt"
 
 
 def endless(data: ConfigParser, batch_size: int, seed: int) -> Iterator[Batch]:

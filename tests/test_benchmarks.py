@@ -33,7 +33,11 @@ def test_monais_recipe_becomes_a_model_of_ours_and_a_second_call_trains_nothing(
     words = ("--data", phantoms, "--config", overlay, "--run", run, "--minutes", "0.001", "0.001")
     figures = last_line(run_process("benchmarks/monai_recipe.py", *words))
     assert figures["steps"]["autoencoder"] >= 1 and figures["steps"]["denoiser"] >= 1
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     assert last_line(run_process("benchmarks/monai_recipe.py", *words)) == figures
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    ended = run_process("benchmarks/monai_recipe.py", *words[:-1], "0.002")
+    assert ended.code == 2 and "is of 0.001 minutes; give another --run" in ended.err
     model = Model.load(run / "model.pt", num_steps=2)
     assert model.config["conditioning"] == "scalar" and model.synthesizer.guidance.scale == 1
     mask = next(phantoms.glob("*/*_seg.nii.gz"))
