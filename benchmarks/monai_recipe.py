@@ -98,7 +98,7 @@ class AutoencoderRecipe:
         loss = (reconstruction - image).abs().mean() + KL_WEIGHT * kl + ADVERSARIAL_WEIGHT * heard
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def stateful(self) -> dict[str, Any]:
         """Return networks and optimisers."""
@@ -148,7 +148,7 @@ class DenoiserRecipe:
         loss = torch.nn.functional.mse_loss(prediction, noise)
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def stateful(self) -> dict[str, Any]:
         """Return the network and its optimiser."""

@@ -4,7 +4,7 @@
 
 For each validation mask and three seeds, in turn on one network, one volume at a time:
 
-- ours: DPM-Solver++(2M), or Heun's method for a flow, in as many steps as `--calls` calls of the denoiser allow: with
+- ours: DPM-Solver++(2M) with even steps of log(α / σ), in as many steps as `--calls` calls of the denoiser allow: with
   guidance, a step takes two. Calls are counted, not computed.
 - ddim: our DDIM in 50 steps, with the right times.
 - monai: MONAI's LatentDiffusionInferer with its DDIMScheduler, or RFlowScheduler for a flow, in 50 steps.
@@ -112,10 +112,7 @@ def arms_of(model: Model, num_calls: int) -> dict[str, Arm]:
     """Return the three samplers by name."""
     synthesizer = model.synthesizer
     is_flow, per_step = isinstance(synthesizer.schedule, FlowSchedule), 1 if synthesizer.guidance.scale == 1 else 2
-    budget = max(1, num_calls // per_step)
-    few = {"sampler": "dpm_solver++", "num_steps": budget, "spacing": "log_snr"}
-    if is_flow:  # Heun's last step takes one call, the others two
-        few = {"sampler": "heun", "num_steps": (budget + 1) // 2, "spacing": "linear"}
+    few = {"sampler": "dpm_solver++", "num_steps": max(1, num_calls // per_step), "spacing": "log_snr"}
     many = {"sampler": "ddim", "num_steps": STEPS, "spacing": "linear"}
     ours = replace(model, synthesizer=replace(synthesizer, eta=0.0, **few))
     ddim = replace(model, synthesizer=replace(synthesizer, eta=0.0, **many))
