@@ -42,9 +42,10 @@ from latdiff3d.kernel_distance import (
     standardised,
 )
 from latdiff3d.mask_fidelity import dice_table, matched_dice, mismatched_dice, normalised_fidelity, segmented
+from latdiff3d.model_cases import cases_of_split
 from latdiff3d.plain_figures import rounded
 from latdiff3d.spectrum import high_frequency_energy
-from latdiff3d.synthesis import Model, cases_of_split
+from latdiff3d.synthesis import Model
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 NUM_PAINTERS = 40  # training volumes whose intensities the painted ones have

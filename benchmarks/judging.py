@@ -14,9 +14,10 @@ from latdiff3d import checkpoints, runs
 from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.errors import InputError
 from latdiff3d.evidence import judge_of
+from latdiff3d.model_cases import cases_of_split
 from latdiff3d.real_volumes import real_volume
 from latdiff3d.segmentation import encoder_features
-from latdiff3d.synthesis import Model, cases_of_split
+from latdiff3d.synthesis import Model
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -51,9 +51,10 @@ from latdiff3d.kernel_distance import (
     squared_mmd,
     standardised,
 )
+from latdiff3d.model_cases import cases_of_split
 from latdiff3d.noise_schedules import FlowSchedule
 from latdiff3d.plain_figures import rounded
-from latdiff3d.synthesis import Model, cases_of_split
+from latdiff3d.synthesis import Model
 
 STEPS = 50  # of the two others
 

@@ -36,9 +36,10 @@ from latdiff3d import memory, runs, synthesizer
 from latdiff3d.cli import door
 from latdiff3d.config import CONFIG_FOLDER
 from latdiff3d.latent_windows import OVERLAP, LatentWindows
+from latdiff3d.model_cases import cases_of_split
 from latdiff3d.phantoms import write_phantoms
 from latdiff3d.sampling_command import sample
-from latdiff3d.synthesis import Model, cases_of_split
+from latdiff3d.synthesis import Model
 from latdiff3d.volumes import read_mask
 
 OWN_RUN = Path("runs/benchmark_whole_volume")

@@ -101,27 +101,13 @@ def edit(
     gif: Annotated[bool, typer.Option("--gif", help="and a GIF that goes through the slices")] = False,
 ) -> None:
     """Draw a lesion into a real scan: its region is made anew, every voxel outside stays as it is in the file."""
-    import latdiff3d
-    from latdiff3d import edit_folders, preflight, sample_folders
-    from latdiff3d.config import parse_settings
-    from latdiff3d.covariates import parse_covariates
-    from latdiff3d.sampling_command import require_counts
+    from latdiff3d.edit_command import edit as make_edits
 
-    require_counts(num_samples, seed)
-    known = parse_covariates(covariate or [])
-    loaded = latdiff3d.load(model, steps, gpus, sampler=sampler, settings=parse_settings(settings or []))
-    if label_map is not None:
-        loaded = loaded.with_label_map(preflight.parse_label_map(label_map))
-    writing = sample_folders.Writing(pictures, gif)
-    site, jobs = edit_folders.jobs_for(loaded, image, mask, region, num_samples, seed, known, writing, noise, guidance)
-    left = [job for job in jobs if not sample_folders.is_made(job, out)]
-    for _ in edit_folders.make(loaded, site, left, out):
-        pass
-    before = f"; {len(jobs) - len(left)} of them were there" if len(left) < len(jobs) else ""
-    print(
-        f"{len(jobs)} edited scans are in {out}, such as {out / jobs[0].name}{before}; {site.volume_mm3:.4g} mm³ were "
-        "made anew, all else is the scan's own"
-    )
+    make_edits(
+        model, image, mask, region, out, num_samples=num_samples, seed=seed, steps=steps, gpus=gpus, guidance=guidance,
+        sampler=sampler, settings=settings, covariates=covariate, label_map=label_map, noise=noise, picture=pictures,
+        gif=gif,
+    )  # fmt: skip
 
 
 @app.command()

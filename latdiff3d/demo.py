@@ -18,9 +18,10 @@ from latdiff3d.errors import InputError
 from latdiff3d.fidelity import psnr
 from latdiff3d.figures import ContactRow, contact_sheet
 from latdiff3d.lesion_contrast import ContrastAgreement, contrast_sign_agreement
+from latdiff3d.model_cases import cases_of_split, known_of
 from latdiff3d.phantoms import write_phantoms
 from latdiff3d.sample_folders import jobs_for, make
-from latdiff3d.synthesis import Model, Sample, cases_of_split, known_of
+from latdiff3d.synthesis import Model, Sample
 
 OVERLAYS = {
     "autoencoder": [CONFIG_FOLDER / "demo.yaml"],

@@ -25,10 +25,11 @@ from latdiff3d.checks import require_sound_headers
 from latdiff3d.errors import InputError
 from latdiff3d.features import FeatureNetwork, FeatureSets
 from latdiff3d.handlers import progress_bar
+from latdiff3d.model_cases import cases_of_split, known_of
 from latdiff3d.real_volumes import RealVolumes
 from latdiff3d.sample_folders import Job, Writing
 from latdiff3d.segmentation import load_judge
-from latdiff3d.synthesis import Model, cases_of_split, known_of
+from latdiff3d.synthesis import Model
 from latdiff3d.volumes import median_spacing_mm
 
 # What a model and the segmenter that judges it must share; of a model without masks, what concerns the images alone.

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from latdiff3d import distributed
 from latdiff3d.errors import InputError
+from latdiff3d.model_cases import cases_of_split, known_of
 from latdiff3d.sample_folders import DEFAULTS, Job, Writing, is_made, jobs_for, masks_at
-from latdiff3d.synthesis import Model, cases_of_split, known_of
+from latdiff3d.synthesis import Model
 
 
 class Work(NamedTuple):

@@ -22,10 +22,11 @@ from latdiff3d.errors import InputError
 from latdiff3d.html_page import notes, number, table, with_interval
 from latdiff3d.layouts import Case
 from latdiff3d.mask_fidelity import segmented
+from latdiff3d.model_cases import known_of
 from latdiff3d.plain_figures import write_json
 from latdiff3d.sample_folders import Writing, is_made, jobs_for, make
 from latdiff3d.segmentation import STAGE, load_segmenter
-from latdiff3d.synthesis import Model, known_of
+from latdiff3d.synthesis import Model
 from latdiff3d.volumes import sidecar_file
 
 REAL, SYNTHETIC, BOTH = "real", "synthetic", "both"

@@ -11,10 +11,11 @@ ROOT = Path(latdiff3d.__file__).parent
 # From the roof to the ground; a module imports from lower floors only.
 FLOORS = [
     {"cli"},
+    {"edit_command"},
     {"demo", "inference", "export", "bundle_checks", "sharing", "edit_folders", "evaluation"} | {"sampling_command"},
     {"model_card", "bundle_metadata", "bundle_files", "sampling_jobs", "evidence", "usefulness"},
     {"sample_folders"},
-    {"preflight", "importing", "realism", "memorisation", "real_volumes"},
+    {"preflight", "importing", "realism", "memorisation", "real_volumes", "model_cases"},
     {"synthesis", "runs", "reconstruction", "compvis_configs", "features", "copy_search"},
     {"checkpointing", "compvis_diffusion", "editing"},
     {"segmentation", "quality", "synthesizer", "planning", "compvis_autoencoder"},

@@ -12,8 +12,9 @@ from latdiff3d import checkpoints
 from latdiff3d.conditioning import Condition
 from latdiff3d.errors import InputError, root_input_error
 from latdiff3d.guidance import Guidance
+from latdiff3d.model_cases import cases_of_split
 from latdiff3d.samplers import dpm_solver_pp_2m
-from latdiff3d.synthesis import Model, cases_of_split
+from latdiff3d.synthesis import Model
 
 
 def test_a_loaded_model_knows_what_it_was_trained_on(model, tiny_runs):

@@ -10,8 +10,9 @@ from conftest import run_here, train_here
 from latdiff3d import checkpoints, evaluation, runs, usefulness
 from latdiff3d.bootstrap import crossed_interval
 from latdiff3d.errors import InputError
+from latdiff3d.model_cases import cases_of_split
 from latdiff3d.real_volumes import real_volume
-from latdiff3d.synthesis import Model, cases_of_split
+from latdiff3d.synthesis import Model
 from latdiff3d.usefulness import ARMS, make_synthetic, measure, render, sentence, summary
 
 
