@@ -45,7 +45,7 @@ FLOORS = [
     {"devices", "distributed", "compilation", "checkpoints", "cpu_convolutions", "evaluation_files"},
     {"errors", "exported", "bundle_modules", "bundle_probe"}
     | {"membrane", "scan_noise", "html_page", "whole_files"}
-    | {"nearest"},
+    | {"nearest", "winograd"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__init__")

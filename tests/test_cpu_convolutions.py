@@ -8,7 +8,8 @@ import torch
 from test_networks import autoencoder, discriminator
 from torch import nn
 
-from latdiff3d.cpu_convolutions import SMALL, CpuConv3d
+from latdiff3d import cpu_convolutions, winograd
+from latdiff3d.cpu_convolutions import SMALL, WINOGRAD_NUMBERS, CpuConv3d
 from latdiff3d.losses import discriminator_loss
 from latdiff3d.networks import downsampling, placed
 
@@ -25,19 +26,72 @@ KINDS = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["any", "avx2"])
+def has_avx2_only(request, monkeypatch):
+    monkeypatch.setattr(cpu_convolutions, "HAS_AVX2_ONLY", request.param)
+
+
+def results_and_gradients(convolution, shape):
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = convolution(x)
+    (y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum().backward()
+    return [y, x.grad, *(parameter.grad for parameter in convolution.parameters())]
+
+
+@pytest.mark.usefixtures("has_avx2_only")
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("size", [(8, 6, 5), (9, 7, 5), (5, 5, 5), (11, 5, 5)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_one_has_the_result_and_gradients_of_pytorchs_own(kind, size):
+def test_results_and_gradients_are_pytorchs_own(kind, size, batch):
     torch.manual_seed(0)
     plain = nn.Conv3d(3, 5, **KINDS[kind])
-    results = []
-    for convolution in (plain, placed(copy.deepcopy(plain), CPU)):
-        x = torch.rand((1, 3, *size), generator=torch.Generator().manual_seed(1), requires_grad=True)
-        y = convolution(x)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        results.append([y, x.grad, *(parameter.grad for parameter in convolution.parameters())])
-    for ours, theirs in zip(*results, strict=True):
+    pair = (plain, placed(copy.deepcopy(plain), CPU))
+    for ours, theirs in zip(*(results_and_gradients(each, (batch, 3, *size)) for each in pair), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("has_avx2_only")
+def test_results_and_gradients_of_many_channels_are_pytorchs_own():
+    torch.manual_seed(0)
+    plain = nn.Conv3d(32, 40, 3, padding=1)
+    pair = (plain, placed(copy.deepcopy(plain), CPU))
+    for ours, theirs in zip(*(results_and_gradients(each, (2, 32, 8, 8, 8)) for each in pair), strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("channels", "kind", "shape", "gains"),
+    [
+        ((32, 64), {}, (1, 8, 16, 8), True),
+        ((64, 32), {"bias": False}, (8, 4, 8, 4), True),
+        ((31, 64), {}, (1, 8, 16, 8), False),
+        ((32, 4), {}, (1, 8, 16, 8), False),
+        ((32, 32), {}, (1, 7, 12, 12), False),
+        ((32, 32), {}, (8, 3, 16, 8), False),
+        ((32, 64), {}, (1, 8, WINOGRAD_NUMBERS // 64 // 64 + 1, 8), False),
+        ((32, 32), {"stride": 2}, (1, 8, 16, 8), False),
+        ((32, 32), {"padding": 0}, (1, 8, 16, 8), False),
+        ((32, 32), {"dilation": 2, "padding": 2}, (1, 8, 16, 8), False),
+        ((32, 32), {"kernel_size": 5, "padding": 2}, (1, 8, 16, 8), False),
+        ((32, 32), {"groups": 2}, (1, 8, 16, 8), False),
+        ((32, 32), {"padding_mode": "replicate"}, (1, 8, 16, 8), False),
+    ],
+)
+def test_winograds_algorithm_is_for_training_without_avx512_where_it_gains(channels, kind, shape, gains, monkeypatch):
+    calls = []
+    monkeypatch.setattr(winograd, "convolved", lambda *args: calls.append(args))
+    convolution = placed(nn.Conv3d(*channels, **{"kernel_size": 3, "padding": 1, **kind}), CPU)
+    x = torch.zeros(shape[0], channels[0], *shape[1:])
+    for has_avx2_only in (True, False):
+        monkeypatch.setattr(cpu_convolutions, "HAS_AVX2_ONLY", has_avx2_only)
+        convolution(x)
+        with torch.no_grad():
+            convolution(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            convolution(x)
+    convolution.requires_grad_(False)
+    convolution(x)
+    assert len(calls) == int(gains)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
