@@ -21,7 +21,8 @@ Matrix = list[list[float]]
 def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `F.conv3d(x, weight, bias, padding=1)`, but for rounding: in float32 some 4e-6 of its length.
 
-    For the way back it keeps 4/3 to 2 times what `F.conv3d` keeps of `x`, and as much again of the weight.
+    For the way back it keeps sums, not `x` and the weight themselves: from a depth of 4 on at most twice as much as `x`,
+    and 8/3 of the weight.
 
     Args:
         x: (B, C, D, H, W).
