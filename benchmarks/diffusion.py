@@ -34,13 +34,12 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
-from torch import nn
 
 from latdiff3d import checkpoints, runs
 from latdiff3d.cli import door
 from latdiff3d.codec import LatentCodec
 from latdiff3d.config import CONFIG_FOLDER, training_workflow
-from latdiff3d.cpu_convolutions import CpuConv3d
+from latdiff3d.cpu_convolutions import without_cpu_convolutions
 from latdiff3d.training import latent_batch
 
 PEERS = {"encode": "on_the_fly", "precision": "fp32", "denoiser_def::use_flash_attention": False}
@@ -99,8 +98,8 @@ def compared(
         arms[name] = Arm(given, {**settings, "latent_cache": cache})
         start_s[name] = time.perf_counter() - begun
     for name in ("recipe", "same_codec"):
-        with_pytorchs_convolutions(arms[name].step.denoiser)
-        with_pytorchs_convolutions(arms[name].step.codec)
+        without_cpu_convolutions(arms[name].step.denoiser)
+        without_cpu_convolutions(arms[name].step.codec)
     for arm in arms.values():
         arm.train(WARM_UP)
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -109,13 +108,6 @@ def compared(
             seconds[name].append(arm.train(num_steps) / num_steps)
     print_table(seconds, {name: arms[name].parts(num_steps) for name in ARMS}, start_s)
     return summarised(seconds, start_s)
-
-
-def with_pytorchs_convolutions(network: nn.Module) -> None:
-    """Let `network` convolve as if it had not been placed on a CPU by us."""
-    for module in network.modules():
-        if isinstance(module, CpuConv3d):
-            module.__class__ = nn.Conv3d
 
 
 class Arm:

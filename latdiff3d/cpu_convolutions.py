@@ -86,3 +86,11 @@ def with_cpu_convolutions(network: nn.Module) -> nn.Module:
         if type(module) is nn.Conv3d:
             module.__class__ = CpuConv3d
     return network
+
+
+def without_cpu_convolutions(network: nn.Module) -> nn.Module:
+    """Return `network` with every `CpuConv3d` a Conv3d again."""
+    for module in network.modules():
+        if type(module) is CpuConv3d:
+            module.__class__ = nn.Conv3d  # type: ignore[assignment]
+    return network

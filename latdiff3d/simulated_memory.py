@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latdiff3d import config
+from latdiff3d.cpu_convolutions import without_cpu_convolutions
 from latdiff3d.updates import LossScaler
 
 aten = torch.ops.aten
@@ -219,7 +220,7 @@ def _as_on_gpu(network: nn.Module) -> None:
     def float32_in_autocast(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         return tuple(x.float() for x in inputs) if torch.is_autocast_enabled("cpu") else None
 
-    for module in network.modules():
+    for module in without_cpu_convolutions(network).modules():
         if isinstance(module, FLOAT32_ON_GPU):
             module.register_forward_pre_hook(float32_in_autocast)
 

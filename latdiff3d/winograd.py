@@ -21,7 +21,7 @@ Matrix = list[list[float]]
 def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `F.conv3d(x, weight, bias, padding=1)`, but for rounding: in float32 some 4e-6 of its length.
 
-    For the way back it keeps sums, not `x` and the weight themselves: from a depth of 4 on at most twice as much as `x`,
+    For the way back it keeps sums in place of `x` and the weight: from a depth of 4 on at most twice as much as `x`,
     and 8/3 of the weight.
 
     Args:
@@ -30,7 +30,7 @@ def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         bias: (C',) or None.
     """
     batch, channels, depth, height, width = x.shape
-    of_planes, of_kernel, of_products = (torch.tensor(matrix, dtype=x.dtype) for matrix in _maps(depth))
+    of_planes, of_kernel, of_products = (x.new_tensor(matrix) for matrix in _maps(depth))
     num_products = len(of_kernel)  # a tile, of m planes
     planes = x.transpose(1, 2).reshape(batch, depth, -1)
     tiles = _Map.apply(of_planes, planes).view(-1, num_products * channels, height, width)  # B·tiles first

@@ -9,7 +9,7 @@ from test_networks import autoencoder, discriminator
 from torch import nn
 
 from latdiff3d import cpu_convolutions, winograd
-from latdiff3d.cpu_convolutions import SMALL, WINOGRAD_NUMBERS, CpuConv3d
+from latdiff3d.cpu_convolutions import SMALL, WINOGRAD_NUMBERS, CpuConv3d, without_cpu_convolutions
 from latdiff3d.losses import discriminator_loss
 from latdiff3d.networks import downsampling, placed
 
@@ -158,6 +158,7 @@ def test_placing_keeps_the_weights_and_their_names():
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert all(type(module) is CpuConv3d for module in plain.modules() if isinstance(module, nn.Conv3d))
+    assert not any(isinstance(module, CpuConv3d) for module in without_cpu_convolutions(plain).modules())
 
 
 def test_a_placed_network_survives_deepcopy():

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latdiff3d import config, simulated_memory
+from latdiff3d.cpu_convolutions import CpuConv3d
 from latdiff3d.memory import peak_bytes
 from latdiff3d.simulated_memory import NETWORKS, Ledger, random_batch, simulate
 
@@ -86,6 +87,17 @@ def test_norms_are_in_float32_in_a_gpus_autocast(monkeypatch):
     need = simulate("autoencoder", [], settings, on_gpu=True)
     monkeypatch.setattr(simulated_memory, "FLOAT32_ON_GPU", ())
     assert need.step > 1.1 * simulate("autoencoder", [], settings, on_gpu=True).step
+
+
+def test_what_a_gpu_will_hold_is_not_told_by_a_cpus_convolutions(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError
+
+    settings = {k: v for k, v in TINY["diffusion"].items() if "epochs" not in k}
+    monkeypatch.setattr(CpuConv3d, "_conv_forward", refuse)
+    assert simulate("diffusion", [], settings, on_gpu=True).step > 0
+    with pytest.raises(NotImplementedError):
+        simulate("diffusion", [], settings, on_gpu=False)
 
 
 def test_the_ledger_gives_up_what_nothing_holds():
