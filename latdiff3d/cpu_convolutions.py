@@ -50,8 +50,8 @@ class CpuConv3d(nn.Conv3d):
             return winograd.convolved(x, weight, bias)
         if len(x) == 1 and math.prod(x.shape[:4]) <= SMALL:
             return self._in_halves(x, weight, bias)
-        if trains_without_avx512:
-            depth_padding, *padding = self.padding
+        depth_padding, *padding = self.padding
+        if trains_without_avx512 and depth_padding > 0:
             padded = F.pad(x, (0, 0, 0, 0, depth_padding, depth_padding))
             return F.conv3d(padded, weight, bias, self.stride, (0, *padding), self.dilation, self.groups)
         return super()._conv_forward(x, weight, bias)
@@ -67,7 +67,7 @@ class CpuConv3d(nn.Conv3d):
         )
 
     def _in_halves(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert not isinstance(self.padding, str)  # "same" and "valid" are in none of MONAI's networks
+        assert not isinstance(self.padding, str)  # those are left to PyTorch
         depth, padding, stride = x.shape[2], self.padding[0], self.stride[0]
         extent = self.dilation[0] * (self.kernel_size[0] - 1) + 1
         num_planes = (depth + 2 * padding - extent) // stride + 1
@@ -82,15 +82,16 @@ class CpuConv3d(nn.Conv3d):
 
 def with_cpu_convolutions(network: nn.Module) -> nn.Module:
     """Return `network` with every Conv3d a `CpuConv3d`; weights and their names stay."""
-    for module in network.modules():
-        if type(module) is nn.Conv3d:
-            module.__class__ = CpuConv3d
-    return network
+    return _exchanged(network, nn.Conv3d, CpuConv3d)
 
 
 def without_cpu_convolutions(network: nn.Module) -> nn.Module:
     """Return `network` with every `CpuConv3d` a Conv3d again."""
+    return _exchanged(network, CpuConv3d, nn.Conv3d)
+
+
+def _exchanged(network: nn.Module, kind: type[nn.Module], other: type[nn.Module]) -> nn.Module:
     for module in network.modules():
-        if type(module) is CpuConv3d:
-            module.__class__ = nn.Conv3d  # type: ignore[assignment]
+        if type(module) is kind:
+            module.__class__ = other
     return network
